@@ -1,0 +1,53 @@
+# Every target makes what it needs, from a fresh clone: the virtual environment, the pinned packages, the code.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROTOS := $(wildcard protos/quickchange/v1/*.proto)
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test test-slow lint format protos bench clean install
+.DEFAULT_GOAL := help
+
+help:  ## What there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+install: $(STAMP)  ## The virtual environment with everything pinned
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## Train adapters, serve them on one base, swap them live; ARGS=--keep leaves the server up
+	$(BIN)/quickchange demo $(ARGS)
+
+test: $(STAMP)  ## Every test that is not slow
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(STAMP)  ## The slow ones too
+	$(BIN)/python -m pytest -m 'not bench' $(ARGS)
+
+bench: $(STAMP)  ## Benchmarks: a table and JSON
+	$(BIN)/python -m tests.bench $(ARGS)
+
+lint: $(STAMP)  ## Format, lint, types, floors, protos, stubs up to date
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint protos
+	@$(MAKE) --no-print-directory protos
+	@git diff --exit-code --stat -- quickchange/v1 || { echo 'quickchange/v1 is not what protos/ generates: commit the output of `make protos`'; exit 1; }
+
+format: $(STAMP)  ## Let ruff write
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: $(STAMP)  ## Generate quickchange/v1 from protos/
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTOS)
+
+clean:  ## Remove the environment and every cache of this folder
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

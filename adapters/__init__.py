@@ -1,0 +1,1 @@
+"""What an adapter is: format, checks, store, residency, the layers that apply it, the base it attaches to."""

@@ -1,0 +1,97 @@
+"""Every way an adapter or a base can be wrong. Knows nothing of gRPC; the services map these to statuses.
+
+AdapterError
+├── InvalidAdapterError      malformed: name, configuration, tensor, shape, value
+├── UnsupportedAdapterError  well-formed, but this server cannot apply it
+├── WrongBaseError           made for another base
+├── AdapterNotFoundError     no such name, version, alias or digest
+├── AdapterExistsError       a fixed version holds other content
+├── StaleEtagError           changed since it was read
+├── AdapterCorruptError      bytes on disk or on the wire are not what their checksum says
+├── UploadOffsetError        a chunk is not where the upload stands
+└── CapacityError            no room (bytes, quota, disk)
+BaseModelError
+├── BaseNotFoundError        the source is not there or cannot be read
+└── UnsupportedBaseError     it is there and cannot be served or quantised
+"""
+
+
+class AdapterError(Exception):
+    """Base of all adapter errors.
+
+    Args:
+        message: one line with the name, the value and the remedy.
+        reason: UPPER_SNAKE code that clients may switch on.
+    """
+
+    default_reason = "ADAPTER_ERROR"
+
+    def __init__(self, message: str, *, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason or self.default_reason
+
+
+class InvalidAdapterError(AdapterError):
+    """Malformed: name, configuration, tensor, shape or value."""
+
+    default_reason = "INVALID_ADAPTER"
+
+
+class UnsupportedAdapterError(AdapterError):
+    """Well-formed, but of a kind this server cannot apply."""
+
+    default_reason = "UNSUPPORTED_ADAPTER"
+
+
+class WrongBaseError(AdapterError):
+    """Trained for another base than the resident one."""
+
+    default_reason = "WRONG_BASE"
+
+
+class AdapterNotFoundError(AdapterError):
+    """No such name, version, alias or digest."""
+
+    default_reason = "ADAPTER_NOT_FOUND"
+
+
+class AdapterExistsError(AdapterError):
+    """A fixed version already holds other content."""
+
+    default_reason = "ADAPTER_EXISTS"
+
+
+class StaleEtagError(AdapterError):
+    """The adapter changed since the caller read it."""
+
+    default_reason = "STALE_ETAG"
+
+
+class AdapterCorruptError(AdapterError):
+    """Bytes are not what their checksum says."""
+
+    default_reason = "CHECKSUM_MISMATCH"
+
+
+class UploadOffsetError(AdapterError):
+    """A chunk does not continue where the upload stands."""
+
+    default_reason = "WRONG_OFFSET"
+
+
+class CapacityError(AdapterError):
+    """No room: bytes, quota or disk."""
+
+    default_reason = "NO_CAPACITY"
+
+
+class BaseModelError(Exception):
+    """Base of all errors about the base model; the message names the source and the remedy."""
+
+
+class BaseNotFoundError(BaseModelError):
+    """The source is not there or cannot be read."""
+
+
+class UnsupportedBaseError(BaseModelError):
+    """The source is there and cannot be served or quantised as asked."""

@@ -1,0 +1,1 @@
+"""Numerical operations of the serving path, each with a pure-torch reference; a leaf."""

@@ -1,0 +1,1 @@
+"""Generated from protos/quickchange/v1; do not edit."""

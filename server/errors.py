@@ -1,0 +1,68 @@
+"""Every way a request can fail. Knows nothing of gRPC; the services map these to statuses.
+
+ServerError
+├── InvalidRequestError    a field is out of its range
+├── UnsupportedFeatureError  a field asks for what this server does not have yet
+├── QueueFullError         try again after a while
+├── DrainingError          this server is going away
+├── EngineDownError        the engine died
+├── DeadlineError          the deadline passed before the end
+└── RequestFailedError     this request alone failed inside; its batch-mates go on
+"""
+
+
+class ServerError(Exception):
+    """Base of all request errors; the message is one line with the value and the remedy."""
+
+    reason = "SERVER_ERROR"
+
+
+class InvalidRequestError(ServerError):
+    """A field is out of its range."""
+
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.description = message
+
+
+class UnsupportedFeatureError(ServerError):
+    """A field asks for what this server does not have yet."""
+
+    reason = "UNSUPPORTED_FEATURE"
+
+
+class QueueFullError(ServerError):
+    """The waiting queue is full."""
+
+    reason = "QUEUE_FULL"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DrainingError(ServerError):
+    """The server finishes what runs and admits nothing new."""
+
+    reason = "DRAINING"
+
+
+class EngineDownError(ServerError):
+    """The engine's thread ended; the process is about to exit."""
+
+    reason = "ENGINE_DOWN"
+
+
+class DeadlineError(ServerError):
+    """The request's deadline passed before its end."""
+
+    reason = "DEADLINE_EXCEEDED"
+
+
+class RequestFailedError(ServerError):
+    """An unexpected failure of this request alone."""
+
+    reason = "REQUEST_FAILED"

@@ -1,0 +1,164 @@
+"""What a request is, and what leaves the engine for it. Knows neither torch nor grpc."""
+
+import enum
+from dataclasses import dataclass, field
+
+from server.errors import InvalidRequestError, ServerError
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. Defaults are greedy decoding with nothing penalised.
+
+    Raises:
+        InvalidRequestError: a value is out of its range.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Alternatives to report per token; None reports nothing."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.max_new_tokens >= 1,
+            "sampling.max_new_tokens",
+            f"is {self.max_new_tokens}, must be at least 1",
+        )
+        _require_range("sampling.temperature", self.temperature, 0.0, 100.0)
+        _require(0.0 < self.top_p <= 1.0, "sampling.top_p", f"is {self.top_p}, must be in (0, 1]")
+        _require(self.top_k >= 0, "sampling.top_k", f"is {self.top_k}, must not be negative")
+        _require_range("sampling.min_p", self.min_p, 0.0, 1.0)
+        _require(
+            0.0 < self.repetition_penalty <= 100.0,
+            "sampling.repetition_penalty",
+            f"is {self.repetition_penalty}, must be in (0, 100]",
+        )
+        _require_range("sampling.presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _require_range("sampling.frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        _require(
+            len(self.stop) <= 16, "stopping.stop", f"has {len(self.stop)} strings, at most 16 are allowed"
+        )
+        _require(
+            all(0 < len(s) <= 256 for s in self.stop),
+            "stopping.stop",
+            "each string must have 1 to 256 characters",
+        )
+        _require(
+            self.logprobs is None or 0 <= self.logprobs <= 20,
+            "output.logprobs",
+            f"is {self.logprobs}, must be 0 to 20",
+        )
+
+
+def _require(condition: bool, name: str, message: str) -> None:
+    if not condition:
+        raise InvalidRequestError(name, message)
+
+
+def _require_range(name: str, value: float, low: float, high: float) -> None:
+    _require(low <= value <= high, name, f"is {value}, must be {low} to {high}")  # NaN fails too
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterIdentity:
+    """Which adapter a request resolved to, once and for all.
+
+    The digest is what residency and caches use; name and version only tell the user.
+    """
+
+    name: str
+    version: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be continued.
+
+    Attributes:
+        adapter: None for the base.
+        deadline_s: absolute time on time.monotonic(), None for none.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    adapter: AdapterIdentity | None = None
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds, from submission."""
+
+    queue_s: float
+    adapter_load_s: float
+    time_to_first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural logarithm of a chosen token's probability, and of the likeliest alternatives."""
+
+    token_id: int
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The first token was computed; always the first event."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    queue_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text and tokens; text may be empty while a character is incomplete or a stop string is possible."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The sequence ended well; always the last event if it comes."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The sequence ended with an error; always the last event if it comes."""
+
+    error: ServerError
+
+
+TokenEvent = Started | Delta | Finished | Failed

@@ -1,0 +1,1 @@
+"""Makes adapters, and folds them into a base."""
