@@ -6,6 +6,7 @@ ServerError
 ├── QueueFullError         try again after a while
 ├── DrainingError          this server is going away
 ├── EngineDownError        the engine died
+├── AdapterLoadError       its adapter could not be brought to the device
 ├── DeadlineError          the deadline passed before the end
 └── RequestFailedError     this request alone failed inside; its batch-mates go on
 """
@@ -15,6 +16,8 @@ class ServerError(Exception):
     """Base of all request errors; the message is one line with the value and the remedy."""
 
     reason = "SERVER_ERROR"
+    code = "INTERNAL"
+    """Name of the status it ends with, for metrics."""
 
 
 class InvalidRequestError(ServerError):
@@ -54,12 +57,25 @@ class EngineDownError(ServerError):
     """The engine's thread ended; the process is about to exit."""
 
     reason = "ENGINE_DOWN"
+    code = "UNAVAILABLE"
+
+
+class AdapterLoadError(ServerError):
+    """The request's adapter could not be brought to the device."""
+
+    reason = "ADAPTER_LOAD_FAILED"
+    code = "FAILED_PRECONDITION"
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"the adapter could not be loaded: {cause}")
+        self.cause = cause
 
 
 class DeadlineError(ServerError):
     """The request's deadline passed before its end."""
 
     reason = "DEADLINE_EXCEEDED"
+    code = "DEADLINE_EXCEEDED"
 
 
 class RequestFailedError(ServerError):

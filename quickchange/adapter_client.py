@@ -1,0 +1,171 @@
+"""The adapters of a server: uploading, naming, loading, downloading; blocking. Does not know the model."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from quickchange import answers, requests
+from quickchange.calls import Calls
+from quickchange.download import Download
+from quickchange.progress import Progress, Report, reporting
+from quickchange.types import Adapter, AdapterState, PullResult, UploadResult
+from quickchange.upload import UploadPlan
+from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
+
+
+class AdapterClient:
+    """Reached as `client.adapters`.
+
+    A reference is "name" (its newest version), "name@3", "name:alias" or a digest.
+    Every method raises a QuickchangeError; NotFoundError if the reference names nothing.
+    """
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self._stub = adapters_pb2_grpc.AdapterServiceStub(calls.channel)
+
+    def push(
+        self,
+        directory: str | Path,
+        name: str,
+        *,
+        version: int | None = None,
+        labels: Mapping[str, str] | None = None,
+        description: str = "",
+        validate_only: bool = False,
+        progress: Progress = False,
+        timeout_s: float | None = None,
+    ) -> UploadResult:
+        """Uploads the adapter in a folder; it can be asked for as soon as this returns.
+
+        Args:
+            version: None for the next one. A fixed one must be free, or hold this very content.
+            validate_only: runs every check and publishes nothing.
+            progress: True for a bar on standard error, or a function of bytes sent and bytes in all.
+        """
+        plan = UploadPlan.of(Path(directory))
+        header = plan.header(
+            name, version=version, labels=labels, description=description, validate_only=validate_only
+        )
+        with reporting(progress, f"push {name}") as report:
+            response = self._calls.client_stream(
+                self._stub.UploadAdapter,
+                lambda: _sending(plan, header, report),
+                # The same content is the same version, so sending all of it again does no harm.
+                self._calls.endpoint.attempts(repeatable=True, timeout_s=timeout_s),
+            )
+        return answers.upload_result(response)
+
+    def pull(
+        self,
+        reference: str,
+        directory: str | Path,
+        *,
+        progress: Progress = False,
+        timeout_s: float | None = None,
+    ) -> PullResult:
+        """Downloads an adapter; the folder appears whole and checked, or not at all.
+
+        Raises:
+            AdapterDirectoryError: the folder is there already and not empty.
+            DataLossError: what arrived is not what was promised.
+        """
+        attempts = self._calls.endpoint.attempts(repeatable=True, timeout_s=timeout_s)
+        request = adapters_pb2.DownloadAdapterRequest(adapter=reference)
+        with Download(Path(directory)) as download, reporting(progress, f"pull {reference}") as report:
+            responses = self._calls.server_stream(self._stub.DownloadAdapter, request, attempts)
+            try:
+                for response in responses:
+                    download.receive(response)
+                    report(download.received_bytes, download.size_bytes)
+            finally:
+                responses.close()
+            return download.commit()
+
+    def get(self, reference: str) -> Adapter:
+        """The facts of one version."""
+        request = adapters_pb2.GetAdapterRequest(adapter=reference)
+        response = self._calls.unary(self._stub.GetAdapter, request)
+        return answers.adapter(response.adapter)
+
+    def list(
+        self,
+        *,
+        name: str | None = None,
+        state: AdapterState | str | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> Iterator[Adapter]:
+        """Every version that fits, page by page as the iteration goes on."""
+        token = ""
+        while True:
+            page = self._calls.unary(
+                self._stub.ListAdapters,
+                requests.list_adapters_request(name, state, labels, token),
+            )
+            yield from map(answers.adapter, page.adapters)
+            token = page.next_page_token
+            if not token:
+                return
+
+    def alias(self, name: str, alias: str, version: int, *, etag: str | None = None) -> Adapter:
+        """Points an alias at a version, in one step for every request that follows.
+
+        Raises:
+            AbortedError: `etag` is given and the version changed since it was read.
+        """
+        return self._update(
+            requests.update_adapter_request(f"{name}@{version}", etag=etag, set_aliases=[alias])
+        )
+
+    def remove_alias(self, name: str, alias: str, *, etag: str | None = None) -> Adapter:
+        """Takes an alias away from whichever version has it."""
+        reference = f"{name}:{alias}"
+        return self._update(requests.update_adapter_request(reference, etag=etag, remove_aliases=[alias]))
+
+    def pin(self, reference: str) -> Adapter:
+        """Keeps a version on the device: it is never evicted."""
+        return self._update(requests.update_adapter_request(reference, pinned=True))
+
+    def unpin(self, reference: str) -> Adapter:
+        """Lets a version be evicted again."""
+        return self._update(requests.update_adapter_request(reference, pinned=False))
+
+    def set_labels(self, reference: str, labels: Mapping[str, str], *, etag: str | None = None) -> Adapter:
+        """Replaces all labels."""
+        return self._update(requests.update_adapter_request(reference, etag=etag, labels=labels))
+
+    def load(self, reference: str) -> Adapter:
+        """Brings an adapter to the device now, so that the next request does not wait for it."""
+        request = adapters_pb2.LoadAdapterRequest(adapter=reference)
+        response = self._calls.unary(self._stub.LoadAdapter, request)
+        return answers.adapter(response.adapter)
+
+    def unload(self, reference: str) -> Adapter:
+        """Lets an adapter leave the device; the next request for it loads it again."""
+        request = adapters_pb2.UnloadAdapterRequest(adapter=reference)
+        response = self._calls.unary(self._stub.UnloadAdapter, request)
+        return answers.adapter(response.adapter)
+
+    def delete(self, reference: str, *, all_versions: bool = False, etag: str | None = None) -> int:
+        """Deletes a version ("name@3"), or all of a name's; running requests finish. Returns how many."""
+        request = adapters_pb2.DeleteAdapterRequest(adapter=reference, all_versions=all_versions, etag=etag)
+        response = self._calls.unary(
+            self._stub.DeleteAdapter, request, self._calls.endpoint.attempts(repeatable=False)
+        )
+        return response.deleted_versions
+
+    def _update(self, request: adapters_pb2.UpdateAdapterRequest) -> Adapter:
+        # After a success that got lost, a second sending would find another etag, or no alias to take away.
+        repeatable = not request.HasField("etag") and not request.remove_aliases
+        attempts = self._calls.endpoint.attempts(repeatable=repeatable)
+        response = self._calls.unary(self._stub.UpdateAdapter, request, attempts)
+        return answers.adapter(response.adapter)
+
+
+def _sending(
+    plan: UploadPlan, header: adapters_pb2.UploadHeader, report: Report
+) -> Iterator[adapters_pb2.UploadAdapterRequest]:
+    sent_bytes = 0
+    for message in plan.messages(header):
+        yield message
+        sent_bytes += len(message.chunk.data)
+        report(sent_bytes, plan.size_bytes)

@@ -1,0 +1,231 @@
+"""Decoding the messages of the wire into typed values. Knows nothing of channels or of requests."""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from enum import StrEnum
+from types import MappingProxyType
+from typing import TypeVar
+
+from google.protobuf.descriptor import EnumDescriptor
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from quickchange import types
+from quickchange.errors import CancelledError, InternalError
+from quickchange.v1 import adapters_pb2, inference_pb2, server_pb2
+
+EnumT = TypeVar("EnumT", bound=StrEnum)
+
+
+def completion(response: inference_pb2.GenerateResponse) -> types.Completion:
+    """The one answer of a response."""
+    if len(response.completions) != 1:
+        raise InternalError(f"the server sent {len(response.completions)} completions, one was asked for")
+    answer = response.completions[0]
+    return types.Completion(
+        text=answer.text,
+        token_ids=tuple(answer.token_ids),
+        adapter=_resolved(response.adapter),
+        finish_reason=_finish_reason(answer.finish_reason),
+        usage=_usage(response.usage),
+        timings=_timings(response.timings),
+        logprobs=_logprobs(answer.logprobs),
+        request_id=response.request_id,
+    )
+
+
+def stream_event(response: inference_pb2.GenerateStreamResponse) -> types.StreamEvent | None:
+    """The event of a stream's message; None for a kind that this client is too old to know."""
+    match response.WhichOneof("event"):
+        case "started":
+            return _started(response.started)
+        case "delta":
+            delta = response.delta
+            return types.Delta(delta.text, tuple(delta.token_ids), _logprobs(delta.logprobs))
+        case "finished":
+            end = response.finished
+            return types.Finished(_finish_reason(end.finish_reason), _usage(end.usage), _timings(end.timings))
+        case _:
+            return None
+
+
+class CompletionBuilder:
+    """Puts the events of one stream together again."""
+
+    def __init__(self) -> None:
+        self._started: types.Started | None = None
+        self._finished: types.Finished | None = None
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[types.TokenLogprob] = []
+
+    def add(self, event: types.StreamEvent) -> None:
+        match event:
+            case types.Started():
+                self._started = event
+            case types.Delta():
+                self._text.append(event.text)
+                self._token_ids.extend(event.token_ids)
+                self._logprobs.extend(event.logprobs)
+            case types.Finished():
+                self._finished = event
+
+    def build(self) -> types.Completion:
+        """The whole answer.
+
+        Raises:
+            CancelledError: the stream ended before its end.
+        """
+        if self._started is None or self._finished is None:
+            raise CancelledError("the stream was closed before the answer was complete")
+        return types.Completion(
+            text="".join(self._text),
+            token_ids=tuple(self._token_ids),
+            adapter=self._started.adapter,
+            finish_reason=self._finished.finish_reason,
+            usage=self._finished.usage,
+            timings=self._finished.timings,
+            logprobs=tuple(self._logprobs),
+            request_id=self._started.request_id,
+        )
+
+
+def tokenization(response: inference_pb2.TokenizeResponse) -> types.Tokenization:
+    return types.Tokenization(tuple(response.token_ids), response.text)
+
+
+def models(response: inference_pb2.ListModelsResponse) -> tuple[types.Model, ...]:
+    return tuple(
+        types.Model(model.reference, _resolved(model.adapter), model.is_base, model.description)
+        for model in response.models
+    )
+
+
+def adapter(message: adapters_pb2.Adapter) -> types.Adapter:
+    return types.Adapter(
+        name=message.name,
+        version=message.version,
+        digest=message.digest,
+        etag=message.etag,
+        state=_named(
+            types.AdapterState, adapters_pb2.AdapterState.DESCRIPTOR, "ADAPTER_STATE_", message.state
+        ),
+        residency=_named(types.Residency, adapters_pb2.Residency.DESCRIPTOR, "RESIDENCY_", message.residency),
+        pinned=message.pinned,
+        rank=message.rank,
+        alpha=message.alpha,
+        target_modules=tuple(message.target_modules),
+        method=_named(
+            types.AdapterMethod, adapters_pb2.AdapterMethod.DESCRIPTOR, "ADAPTER_METHOD_", message.method
+        ),
+        size_bytes=message.size_bytes,
+        base_fingerprint=message.base_fingerprint,
+        aliases=tuple(message.aliases),
+        labels=MappingProxyType(dict(message.labels)),
+        description=message.description,
+        create_time=_time(message.create_time) if message.HasField("create_time") else None,
+        update_time=_time(message.update_time) if message.HasField("update_time") else None,
+        error=message.error,
+    )
+
+
+def upload_result(response: adapters_pb2.UploadAdapterResponse) -> types.UploadResult:
+    report = response.report
+    return types.UploadResult(
+        adapter=adapter(response.adapter),
+        created=response.created,
+        report=types.ValidationReport(
+            tuple(report.matched_modules), report.rank, report.delta_norm, report.dtype
+        ),
+    )
+
+
+def server_info(response: server_pb2.GetServerInfoResponse) -> types.ServerInfo:
+    limits, capacity, steps = response.limits, response.capacity, response.steps
+    return types.ServerInfo(
+        version=response.version,
+        base_model=response.base_model,
+        base_fingerprint=response.base_fingerprint,
+        quantization=response.quantization,
+        device=response.device,
+        dtype=response.dtype,
+        limits=types.Limits(
+            max_context_tokens=limits.max_context_tokens,
+            max_running_requests=limits.max_running_requests,
+            max_waiting_requests=limits.max_waiting_requests,
+            max_batch_tokens=limits.max_batch_tokens,
+            max_upload_bytes=limits.max_upload_bytes,
+            max_adapter_rank=limits.max_adapter_rank,
+        ),
+        capacity=types.Capacity(
+            kv_tokens_total=capacity.kv_tokens_total,
+            kv_tokens_free=capacity.kv_tokens_free,
+            adapter_device_bytes_total=capacity.adapter_device_bytes_total,
+            adapter_device_bytes_used=capacity.adapter_device_bytes_used,
+            requests_running=capacity.requests_running,
+            requests_waiting=capacity.requests_waiting,
+        ),
+        steps=types.StepStatistics(
+            steps=steps.steps,
+            mixed_steps=steps.mixed_steps,
+            max_adapters_in_step=steps.max_adapters_in_step,
+            tokens_computed=steps.tokens_computed,
+        ),
+    )
+
+
+def _started(message: inference_pb2.Started) -> types.Started:
+    return types.Started(
+        request_id=message.request_id,
+        adapter=_resolved(message.adapter),
+        prompt_tokens=message.prompt_tokens,
+        cached_tokens=message.cached_tokens,
+        queue_s=_seconds(message.queue_time),
+    )
+
+
+def _resolved(message: inference_pb2.ResolvedAdapter) -> types.ResolvedAdapter:
+    return types.ResolvedAdapter(message.name, message.version, message.digest)
+
+
+def _usage(message: inference_pb2.Usage) -> types.Usage:
+    return types.Usage(message.prompt_tokens, message.completion_tokens, message.cached_tokens)
+
+
+def _timings(message: inference_pb2.Timings) -> types.Timings:
+    return types.Timings(
+        queue_s=_seconds(message.queue),
+        adapter_load_s=_seconds(message.adapter_load),
+        time_to_first_token_s=_seconds(message.time_to_first_token),
+        total_s=_seconds(message.total),
+    )
+
+
+def _logprobs(messages: Iterable[inference_pb2.TokenLogprob]) -> tuple[types.TokenLogprob, ...]:
+    return tuple(
+        types.TokenLogprob(
+            message.token_id,
+            message.logprob,
+            tuple((other.token_id, other.logprob) for other in message.alternatives),
+        )
+        for message in messages
+    )
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos * 1e-9
+
+
+def _time(timestamp: Timestamp) -> datetime:
+    return timestamp.ToDatetime(tzinfo=UTC)
+
+
+def _finish_reason(value: int) -> types.FinishReason:
+    return _named(types.FinishReason, inference_pb2.FinishReason.DESCRIPTOR, "FINISH_REASON_", value)
+
+
+def _named(enum: type[EnumT], wire: EnumDescriptor, prefix: str, value: int) -> EnumT:
+    """The member with the wire's name; UNKNOWN for one that only a newer server has."""
+    known = wire.values_by_number.get(value)
+    name = known.name.removeprefix(prefix) if known is not None else "UNKNOWN"
+    return enum.__members__.get(name, enum.__members__["UNKNOWN"])

@@ -1,0 +1,166 @@
+"""Where the server is, and how long a call to it may be tried again. Knows nothing of what is called."""
+
+import os
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+import grpc
+import grpc.aio
+
+from quickchange.errors import (
+    NO_CONNECTION,
+    DeadlineExceededError,
+    QuickchangeError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+DRAINING = "DRAINING"
+
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+FIRST_DELAY_S = 0.1
+LONGEST_DELAY_S = 2.0
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
+    ("grpc.primary_user_agent", f"quickchange/{version('quickchange')}"),
+    # Our own retries decide when to ask again; gRPC's 1 s to 120 s would make them miss a server's return.
+    ("grpc.initial_reconnect_backoff_ms", int(FIRST_DELAY_S * 1000)),
+    ("grpc.max_reconnect_backoff_ms", int(LONGEST_DELAY_S * 1000)),
+    ("grpc.enable_retries", 0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An address with what is needed to be let in.
+
+    Args:
+        target: HOST:PORT, or any gRPC target such as "unix:/run/quickchange.sock".
+        token: sent as a bearer token; None sends none.
+        credentials: for TLS; None speaks plain text.
+        timeout_s: of a whole call, its retries included; None waits for ever.
+        retry_window_s: how long a call that may safely be repeated is repeated while nobody answers.
+    """
+
+    target: str
+    token: str | None = field(repr=False)
+    credentials: grpc.ChannelCredentials | None
+    timeout_s: float | None
+    retry_window_s: float
+
+    @classmethod
+    def resolve(
+        cls,
+        target: str | None,
+        token: str | None,
+        credentials: grpc.ChannelCredentials | None,
+        timeout_s: float | None,
+        retry_window_s: float,
+        environ: Mapping[str, str] = os.environ,
+    ) -> "Endpoint":
+        """What was given, else the environment, else the default."""
+        return cls(
+            target=target or environ.get("QUICKCHANGE_SERVER") or DEFAULT_TARGET,
+            token=token or environ.get("QUICKCHANGE_TOKEN") or None,
+            credentials=credentials,
+            timeout_s=timeout_s,
+            retry_window_s=retry_window_s,
+        )
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    def channel(self) -> grpc.Channel:
+        if self.credentials is None:
+            return grpc.insecure_channel(self.target, options=_OPTIONS)
+        return grpc.secure_channel(self.target, self.credentials, options=_OPTIONS)
+
+    def aio_channel(self) -> grpc.aio.Channel:
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(self.target, options=_OPTIONS)
+        return grpc.aio.secure_channel(self.target, self.credentials, options=_OPTIONS)
+
+    def attempts(self, *, repeatable: bool, timeout_s: float | None = None, retries: int = 0) -> "Attempts":
+        """The budget of one call, counted from now; timeout_s overrides the endpoint's."""
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        now_s = time.monotonic()
+        return Attempts(
+            repeatable=repeatable,
+            refusals_left=retries,
+            retry_until_s=now_s + self.retry_window_s,
+            deadline_s=None if limit_s is None else now_s + limit_s,
+        )
+
+    @contextmanager
+    def waiting(self, timeout_s: float) -> Iterator["Attempts"]:
+        """The budget of a call that waits for the server, whatever it takes up to the time-out.
+
+        Raises:
+            DeadlineExceededError: nothing else comes of it when the server does not.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            yield Attempts(repeatable=True, refusals_left=0, retry_until_s=deadline_s, deadline_s=deadline_s)
+        except (DeadlineExceededError, UnavailableError) as error:
+            raise DeadlineExceededError(
+                f"no server answered at {self.target} within {timeout_s:g} s; start one with "
+                "`quickchange serve`, or correct the address",
+                reason=NO_CONNECTION,
+            ) from error
+
+
+@dataclass(slots=True)
+class Attempts:
+    """Decides whether a failed call is tried again, and when.
+
+    A request that never left this process is sent again; one that may have arrived only if it is repeatable;
+    one that the server refused before it ran (queue full, draining) only as often as the caller asked for.
+    """
+
+    repeatable: bool
+    refusals_left: int
+    retry_until_s: float
+    deadline_s: float | None
+    _failures: int = 0
+
+    def remaining_s(self) -> float | None:
+        """What is left until the deadline, for the next attempt."""
+        return None if self.deadline_s is None else max(self.deadline_s - time.monotonic(), 0.001)
+
+    def delay_s(self, error: QuickchangeError) -> float:
+        """How long to wait before the next attempt.
+
+        Raises:
+            QuickchangeError: the given one, if there is to be no next attempt.
+        """
+        delay_s = self._backoff_s()
+        if _refused(error) and self.refusals_left > 0:
+            self.refusals_left -= 1
+            delay_s = max(delay_s, error.retry_after_s or 0.0)
+        elif not self._may_repeat(error) or time.monotonic() + delay_s > self.retry_until_s:
+            raise error
+        if self.deadline_s is not None and time.monotonic() + delay_s >= self.deadline_s:
+            raise error
+        self._failures += 1
+        return delay_s
+
+    def _may_repeat(self, error: QuickchangeError) -> bool:
+        return isinstance(error, UnavailableError) and (self.repeatable or error.reason == NO_CONNECTION)
+
+    def _backoff_s(self) -> float:
+        longest_s: float = min(FIRST_DELAY_S * 2**self._failures, LONGEST_DELAY_S)
+        return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 - spreads clients, keeps no secret
+
+
+def _refused(error: QuickchangeError) -> bool:
+    """The server said no before it began."""
+    if isinstance(error, ResourceExhaustedError):
+        return error.retry_after_s is not None
+    return isinstance(error, UnavailableError) and error.reason == DRAINING

@@ -1,0 +1,271 @@
+"""What calls return: frozen values, decoded from the wire. Knows nothing of gRPC."""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+
+class FinishReason(enum.StrEnum):
+    """Why an answer ended. UNKNOWN is one that this client is too old to know; so in every enum here."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    UNKNOWN = "unknown"
+
+
+class AdapterState(enum.StrEnum):
+    """Where a version stands; only READY ones answer requests."""
+
+    VALIDATING = "validating"
+    READY = "ready"
+    FAILED = "failed"
+    DELETING = "deleting"
+    UNKNOWN = "unknown"
+
+
+class Residency(enum.StrEnum):
+    """The nearest place to the model where an adapter's weights are."""
+
+    DISK = "disk"
+    HOST = "host"
+    DEVICE = "device"
+    UNKNOWN = "unknown"
+
+
+class AdapterMethod(enum.StrEnum):
+    """How an adapter's weights change the base."""
+
+    LORA = "lora"
+    RSLORA = "rslora"
+    DORA = "dora"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedAdapter:
+    """The one version that answered. For the base: no name, version 0, no digest."""
+
+    name: str
+    version: int
+    digest: str
+
+    @property
+    def is_base(self) -> bool:
+        return not self.digest
+
+    def __str__(self) -> str:
+        return "base" if self.is_base else f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens; cached ones are prompt tokens whose keys and values were still there."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds, measured by the server from the request's arrival."""
+
+    queue_s: float
+    adapter_load_s: float
+    time_to_first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural logarithm of the chosen token's probability, and of the likeliest ones by token id."""
+
+    token_id: int
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer. `logprobs` is empty unless they were asked for."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    adapter: ResolvedAdapter
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    logprobs: tuple[TokenLogprob, ...]
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """First event of a stream: what the request resolved to."""
+
+    request_id: str
+    adapter: ResolvedAdapter
+    prompt_tokens: int
+    cached_tokens: int
+    queue_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """The next piece of an answer; `text` may be empty while a character is incomplete."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Last event of a stream."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+StreamEvent = Started | Delta | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenization:
+    """A prompt as the model sees it: `text` is what was tokenized, after the chat template."""
+
+    token_ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Something that a request may name in `adapter`; the base is the empty reference."""
+
+    reference: str
+    adapter: ResolvedAdapter
+    is_base: bool
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One immutable version of an adapter, with what points at it.
+
+    Attributes:
+        etag: give it back to an update to detect that somebody else was faster.
+        rank: the largest of any module.
+        error: why the state is FAILED; empty otherwise.
+    """
+
+    name: str
+    version: int
+    digest: str
+    etag: str
+    state: AdapterState
+    residency: Residency
+    pinned: bool
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    method: AdapterMethod
+    size_bytes: int
+    base_fingerprint: str
+    aliases: tuple[str, ...]
+    labels: Mapping[str, str]
+    description: str
+    create_time: datetime | None
+    update_time: datetime | None
+    error: str
+
+    @property
+    def reference(self) -> str:
+        """Names exactly this version in any request."""
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationReport:
+    """What the server's checks found.
+
+    Attributes:
+        matched_modules: modules of the base that the adapter changes.
+        delta_norm: Frobenius norm of the whole update, scaling included.
+        dtype: storage type of the tensors, such as "F32".
+    """
+
+    matched_modules: tuple[str, ...]
+    rank: int
+    delta_norm: float
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class UploadResult:
+    """What became of an upload. Of a validation only: version 0, and `created` is False."""
+
+    adapter: Adapter
+    created: bool
+    report: ValidationReport
+
+
+@dataclass(frozen=True, slots=True)
+class PullResult:
+    """A downloaded adapter and the folder that holds it."""
+
+    adapter: Adapter
+    directory: Path
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the server refuses beyond."""
+
+    max_context_tokens: int
+    max_running_requests: int
+    max_waiting_requests: int
+    max_batch_tokens: int
+    max_upload_bytes: int
+    max_adapter_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What is in use now."""
+
+    kv_tokens_total: int
+    kv_tokens_free: int
+    adapter_device_bytes_total: int
+    adapter_device_bytes_used: int
+    requests_running: int
+    requests_waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepStatistics:
+    """Forward passes since the start; a mixed one served two or more different adapters at once."""
+
+    steps: int
+    mixed_steps: int
+    max_adapters_in_step: int
+    tokens_computed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What serves, and how full it is."""
+
+    version: str
+    base_model: str
+    base_fingerprint: str
+    quantization: str
+    device: str
+    dtype: str
+    limits: Limits
+    capacity: Capacity
+    steps: StepStatistics

@@ -1,0 +1,60 @@
+"""One step's work: which tokens of which sequences. Knows neither torch nor grpc."""
+
+from dataclasses import dataclass
+
+from server.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Tokens [start, start + count) of a sequence, by position.
+
+    Attributes:
+        samples: the last of them yields the sequence's next token.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        return self.start + self.count == len(self.sequence.token_ids)
+
+    @property
+    def is_decode(self) -> bool:
+        return self.count == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one forward pass: decode rows first, rows of one adapter beside each other."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def token_count(self) -> int:
+        return sum(row.count for row in self.rows)
+
+    @property
+    def adapter_count(self) -> int:
+        """Distinct adapters, the base not counted."""
+        return len({row.sequence.slot for row in self.rows} - {0})
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether two or more different adapters (the base counted as one) share the pass."""
+        return len({row.sequence.slot for row in self.rows}) > 1
+
+    @property
+    def phase(self) -> str:
+        """ "prefill", "decode" or "mixed"."""
+        decodes = sum(row.sequence.output_length > 0 for row in self.rows)
+        if decodes == len(self.rows):
+            return "decode"
+        return "mixed" if decodes else "prefill"
+
+
+def arranged(rows: list[Row]) -> Batch:
+    """The rows in the order the runner wants: decode before prefill, then by slot."""
+    return Batch(tuple(sorted(rows, key=lambda row: (not row.is_decode, row.sequence.slot))))

@@ -1,0 +1,355 @@
+"""Every setting of the server: its default, its range, its source. Does not know how any of them is used.
+
+A setting is named `section.field`. It comes, weakest first, from its default, the TOML file (`[section]`
+tables), the environment (`QUICKCHANGE_SECTION_FIELD`) and the command line. Only this module reads the
+environment.
+"""
+
+import dataclasses
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+
+class SettingsError(Exception):
+    """A setting is missing, unknown or out of its range; the message names it, its value and its source."""
+
+
+class _RangeError(ValueError):
+    """A value that its own section refuses; the loader adds where the value came from."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(f"{name} {message}")
+        self.name = name
+
+
+class About(NamedTuple):
+    """What stands beside a field's type: the line that explains it, and its range with both ends allowed."""
+
+    text: str
+    low: float | None = None
+    high: float | None = None
+
+
+class _Section:
+    """Checks every field's range when an instance is born."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        for name, (_, about) in _fields_of(type(self)).items():
+            _check_range(name, getattr(self, name), about)
+
+
+def _fields_of(section: type[_Section]) -> dict[str, tuple[Any, About]]:
+    """Type and explanation of each field, in order."""
+    hints = get_type_hints(section, include_extras=True)
+    return {name: (hint.__origin__, hint.__metadata__[0]) for name, hint in hints.items()}
+
+
+def _check_range(name: str, value: object, about: About) -> None:
+    if not isinstance(value, int | float):
+        return
+    low, high = about.low, about.high
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        ends = f"at least {low}" if high is None else f"{low} to {high}"
+        raise _RangeError(name, f"is {value}, must be {ends}")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSettings(_Section):
+    """The base model: what adapters/base.py loads."""
+
+    source: Annotated[str, About("folder, GGUF file, hub id, or smollm2")]
+    quantization: Annotated[Literal["nf4", "none"], About("how linear layers are stored")] = "nf4"
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], About("type of activations")] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], About("where the base lives")] = "auto"
+    cache_dir: Annotated[
+        Path | None, About("where converted bases are kept; unset: ~/.cache/quickchange")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings(_Section):
+    """The adapter store."""
+
+    root: Annotated[Path, About("folder of the adapter store")] = (
+        Path.home() / ".local/share/quickchange/store"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings(_Section):
+    """The engine: queues, batches, memory."""
+
+    max_running_requests: Annotated[int, About("requests in one forward pass", 1, 4096)] = 32
+    max_waiting_requests: Annotated[int, About("queue length; more is refused", 1, 1_000_000)] = 256
+    max_batch_tokens: Annotated[int, About("tokens computed in one step", 1, 1_000_000)] = 512
+    prefill_chunk_tokens: Annotated[int, About("tokens of one prompt in one step", 1, 1_000_000)] = 256
+    block_tokens: Annotated[int, About("tokens of one key-value block", 1, 1024)] = 16
+    kv_bytes: Annotated[int | None, About("memory for keys and values; unset: chosen at start", 1)] = None
+    adapter_device_bytes: Annotated[
+        int | None, About("device memory for adapters; unset: chosen at start", 1)
+    ] = None
+    adapter_host_bytes: Annotated[int, About("host memory for adapters that left the device", 0)] = GIB
+    max_adapter_rank: Annotated[int, About("largest rank that an adapter may have", 1, 4096)] = 256
+    max_context_tokens: Annotated[int | None, About("prompt and answer; unset: what the base allows", 1)] = (
+        None
+    )
+    threads: Annotated[int | None, About("threads of matrix products; unset: chosen at start", 1, 1024)] = (
+        None
+    )
+
+    def __post_init__(self) -> None:
+        _Section.__post_init__(self)
+        self._check_fits_a_step("prefill_chunk_tokens", self.prefill_chunk_tokens)
+        self._check_fits_a_step("max_running_requests", self.max_running_requests)  # each needs a token
+
+    def _check_fits_a_step(self, name: str, value: int) -> None:
+        if value > self.max_batch_tokens:
+            raise _RangeError(name, f"is {value}, must not exceed max_batch_tokens ({self.max_batch_tokens})")
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcSettings(_Section):
+    """The gRPC face: where it listens and what it accepts."""
+
+    host: Annotated[str, About("address to listen on")] = "127.0.0.1"
+    port: Annotated[int, About("port to listen on; 0 picks a free one", 0, 65535)] = 50051
+    max_prompt_bytes: Annotated[int, About("largest prompt, before it is tokenized", 1, 64 * MIB)] = MIB
+    max_upload_bytes: Annotated[int, About("largest adapter, all files together", 1)] = 2 * GIB
+    max_concurrent_uploads: Annotated[int, About("uploads at once; more is refused", 1, 1024)] = 4
+    upload_idle_timeout_s: Annotated[float, About("longest wait for an upload's chunk", 0.1, 3600)] = 30.0
+    drain_grace_s: Annotated[float, About("how long requests may go on after SIGTERM", 0, 86400)] = 30.0
+    worker_threads: Annotated[int, About("threads for tokenizing, hashing and the store", 1, 64)] = 2
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsSettings(_Section):
+    """The Prometheus endpoint."""
+
+    host: Annotated[str, About("address to listen on")] = "127.0.0.1"
+    port: Annotated[int, About("port to listen on; 0 picks a free one", 0, 65535)] = 9464
+    adapter_series_cap: Annotated[int, About("adapters with a series of their own", 1, 10_000)] = 100
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """All settings of one server process."""
+
+    base: BaseSettings
+    store: StoreSettings = StoreSettings()
+    engine: EngineSettings = EngineSettings()
+    grpc: GrpcSettings = GrpcSettings()
+    metrics: MetricsSettings = MetricsSettings()
+
+
+SECTIONS: Mapping[str, type[_Section]] = {
+    "base": BaseSettings,
+    "store": StoreSettings,
+    "engine": EngineSettings,
+    "grpc": GrpcSettings,
+    "metrics": MetricsSettings,
+}
+
+# Flags with a name of their own; every other setting is --field where no other section has that field.
+FLAG_NAMES: Mapping[str, str] = {
+    "base": "base.source",
+    "store": "store.root",
+    "host": "grpc.host",
+    "port": "grpc.port",
+    "metrics_host": "metrics.host",
+    "metrics_port": "metrics.port",
+}
+
+# Variables that the client and the cache share with the server, so they carry no section.
+_SHARED_VARIABLES: Mapping[str, str] = {"QUICKCHANGE_CACHE": "base.cache_dir"}
+
+
+class _Given(NamedTuple):
+    value: object
+    source: str
+
+
+class Setting(NamedTuple):
+    """What the command line needs to offer a setting as a flag."""
+
+    path: str
+    default: object
+    help: str
+
+
+def all_settings() -> Iterator[Setting]:
+    """Every setting, in order; a required one has `dataclasses.MISSING` as default."""
+    for section, cls in SECTIONS.items():
+        defaults = _defaults_of(cls)
+        for name, (_, about) in _fields_of(cls).items():
+            yield Setting(f"{section}.{name}", defaults[name], about.text)
+
+
+def _defaults_of(section: type[_Section]) -> dict[str, object]:
+    items = dataclasses.fields(section)  # type: ignore[arg-type]  # every section is a dataclass
+    return {item.name: item.default for item in items}
+
+
+def settings_from(
+    flags: Mapping[str, object], environ: Mapping[str, str], config_file: Path | None = None
+) -> ServerSettings:
+    """Reads all sources once and builds checked settings.
+
+    Args:
+        flags: by flag name with underscores ("metrics_port", "max_running_requests") or by path
+            ("grpc.host"); None means that the flag was not given.
+        environ: normally os.environ.
+        config_file: a TOML file with one table per section.
+
+    Raises:
+        SettingsError: naming the setting, its value and its source.
+    """
+    given: dict[str, _Given] = {}
+    if config_file is not None:
+        given.update(_from_file(config_file))
+    given.update(_from_environment(environ))
+    given.update(_from_flags(flags))
+    built = {section: _build(section, cls, given) for section, cls in SECTIONS.items()}
+    return ServerSettings(**built)  # type: ignore[arg-type]  # SECTIONS and the fields of ServerSettings agree
+
+
+def _build(section: str, cls: type[_Section], given: Mapping[str, _Given]) -> _Section:
+    values: dict[str, object] = {}
+    for name, default in _defaults_of(cls).items():
+        path = f"{section}.{name}"
+        if path in given:
+            values[name] = _convert(path, _fields_of(cls)[name][0], given[path])
+        elif default is dataclasses.MISSING:
+            ways = f"--{_flag_of(path)}, {_variable_of(path)} or {name} under [{section}]"
+            raise SettingsError(f"{path} is not set: give {ways}")
+    try:
+        return cls(**values)
+    except _RangeError as error:
+        path = f"{section}.{error.name}"
+        source = given[path].source if path in given else "default"
+        raise SettingsError(f"{section}.{error} ({source})") from None
+
+
+def _from_file(config_file: Path) -> Iterator[tuple[str, _Given]]:
+    try:
+        document = tomllib.loads(config_file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"--config {config_file}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--config {config_file}: is not TOML: {error}") from None
+    known = {setting.path for setting in all_settings()}
+    for section, table in document.items():
+        if section not in SECTIONS or not isinstance(table, dict):
+            raise SettingsError(
+                f"[{section}] in {config_file}: no such section; there are {', '.join(SECTIONS)}"
+            )
+        for name, value in table.items():
+            path = f"{section}.{name}"
+            if path not in known:
+                fields = ", ".join(sorted(p.split(".")[1] for p in known if p.startswith(f"{section}.")))
+                raise SettingsError(
+                    f"{path} = {value!r} in {config_file}: no such setting; [{section}] has {fields}"
+                )
+            yield path, _Given(value, str(config_file))
+
+
+def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, _Given]]:
+    variables = {_variable_of(setting.path): setting.path for setting in all_settings()} | dict(
+        _SHARED_VARIABLES
+    )
+    prefixes = tuple(f"QUICKCHANGE_{section.upper()}_" for section in SECTIONS)
+    for variable, value in environ.items():
+        if variable in variables:
+            yield variables[variable], _Given(value, variable)
+        elif variable.startswith(prefixes):  # a typo must not pass for the default
+            raise SettingsError(f"{variable}={value}: no such setting; unset it or correct its name")
+
+
+def _from_flags(flags: Mapping[str, object]) -> Iterator[tuple[str, _Given]]:
+    paths = _paths_by_flag()
+    for flag, value in flags.items():
+        if value is None:
+            continue
+        if flag not in paths:
+            raise SettingsError(f"--{flag.replace('_', '-')}={value}: no such setting")
+        yield paths[flag], _Given(value, f"--{_flag_of(paths[flag])}")
+
+
+def _paths_by_flag() -> dict[str, str]:
+    paths = [setting.path for setting in all_settings()]
+    fields = Counter(path.split(".")[1] for path in paths)
+    unique = {path.split(".")[1]: path for path in paths if fields[path.split(".")[1]] == 1}
+    return unique | {path: path for path in paths} | dict(FLAG_NAMES)
+
+
+def _variable_of(path: str) -> str:
+    return "QUICKCHANGE_" + path.replace(".", "_").upper()
+
+
+def _flag_of(path: str) -> str:
+    short = {full: flag for flag, full in FLAG_NAMES.items()}
+    return short.get(path, path.split(".")[1]).replace("_", "-")
+
+
+def _convert(path: str, wanted: Any, given: _Given) -> object:
+    """The value as the setting's type; strings come from the environment and the command line."""
+    options = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+    target = next(option for option in options if option is not NoneType)
+    try:
+        if get_origin(target) is Literal:
+            return _one_of(given.value, get_args(target))
+        return _CONVERTERS[target](given.value)
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"{path} is {given.value!r}, {error} ({given.source})") from None
+
+
+def _one_of(value: object, allowed: tuple[object, ...]) -> object:
+    if value not in allowed:
+        raise ValueError(f"must be one of {', '.join(map(str, allowed))}")
+    return value
+
+
+_SIZE = re.compile(r"(\d+)\s*(KiB|MiB|GiB)?")
+_UNITS = {None: 1, "KiB": KIB, "MiB": MIB, "GiB": GIB}
+
+
+def _whole_number(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("must be a whole number, or a size such as 512MiB")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("must be a number")
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError("must be a number") from None
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("must be a text that is not empty")
+    return value
+
+
+def _folder(value: object) -> Path:
+    return value if isinstance(value, Path) else Path(_text(value)).expanduser()
+
+
+_CONVERTERS: Mapping[Any, Any] = {int: _whole_number, float: _number, str: _text, Path: _folder}

@@ -1,0 +1,238 @@
+"""The engine's work, one step at a time, in whichever thread calls it. Knows neither threads nor grpc."""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from adapters.base import Base
+from adapters.errors import AdapterError, CapacityError
+from adapters.residency import AdapterResidency
+from adapters.store import AdapterStore
+from server.batch import Batch, Row
+from server.blocks import BlockPool
+from server.config import EngineSettings
+from server.errors import AdapterLoadError, DeadlineError, RequestFailedError, ServerError
+from server.generation import Generation
+from server.memory import plan_memory
+from server.metrics import Metrics
+from server.request import Failed, Finished, FinishReason, Started, TokenEvent
+from server.runner import ModelRunner
+from server.sampler import sample
+from server.scheduler import Scheduler
+from server.sequence import Phase, Sequence
+from server.statistics import StepCounters
+from server.stream import RequestStream
+from server.text import decoder_of
+
+log = logging.getLogger(__name__)
+
+_BARREN_STEPS = 4
+"""So many steps in a row without one surviving row mean that the device, not a request, is broken."""
+
+Settle = Callable[[AdapterError | None], None]
+
+
+class EngineCore:
+    """Base, caches, adapters and unfinished requests. Every request that enters leaves with a last event."""
+
+    def __init__(
+        self,
+        base: Base,
+        store: AdapterStore,
+        settings: EngineSettings,
+        metrics: Metrics,
+        wake: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            wake: called from another thread when `step` has something to do again.
+
+        Raises:
+            UnsupportedBaseError: the base cannot be served.
+            OutOfMemoryAtStartError: not even one request would fit.
+        """
+        self.vocab_size = base.vocab_size
+        self.decoder = decoder_of(base.tokenizer)
+        self.counters = StepCounters()
+        self._metrics = metrics
+        self._eos_token_ids = base.eos_token_ids
+        self._runner = ModelRunner(base)
+        context = min(base.max_context_tokens, settings.max_context_tokens or base.max_context_tokens)
+        budgets = plan_memory(
+            settings,
+            kv_bytes_per_token=self._runner.kv_bytes_per_token,
+            max_context_tokens=context,
+            device=base.device,
+        )
+        self._runner.allocate_cache(budgets.block_count, budgets.block_tokens)
+        self.residency = AdapterResidency(
+            store,
+            base.layout,
+            self._runner.slots,
+            device=base.device,
+            dtype=base.dtype,
+            budget_bytes=budgets.adapter_bytes,
+            wake=wake,
+            on_eviction=lambda: metrics.count_eviction("device"),
+        )
+        self.scheduler = Scheduler(
+            BlockPool(budgets.block_count, budgets.block_tokens),
+            self.residency,
+            max_running=settings.max_running_requests,
+            max_batch_tokens=settings.max_batch_tokens,
+            prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        )
+        self.max_context_tokens = min(context, self.scheduler.blocks.total_tokens)
+        self._generations: dict[Sequence, Generation] = {}
+        self._events: list[tuple[RequestStream, TokenEvent]] = []
+        self._loads: defaultdict[str, list[Settle]] = defaultdict(list)
+        self._forgetting: defaultdict[str, list[Callable[[], None]]] = defaultdict(list)
+        self._barren_steps = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every request has ended."""
+        return not self._generations
+
+    def add(self, generation: Generation) -> None:
+        """Queues a request."""
+        self._generations[generation.sequence] = generation
+        self.scheduler.add(generation.sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Ends a request now, wherever it is; harmless after its end."""
+        if sequence.phase is not Phase.FINISHED:
+            generation = self._generations[sequence]
+            self._emit(generation, generation.finished(FinishReason.CANCELLED))
+
+    def fail_all(self, make_error: Callable[[], ServerError]) -> None:
+        """Ends every request with an error."""
+        for sequence in list(self._generations):
+            self._fail(sequence, make_error())
+
+    def take_events(self) -> list[tuple[RequestStream, TokenEvent]]:
+        """What happened since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def load(self, digest: str, settle: Settle) -> None:
+        """Brings an adapter to the device; `settle` gets None or the reason why not."""
+        self.residency.prefetch(digest)
+        if self.residency.is_resident(digest):
+            settle(None)
+        elif self.residency.is_loading(digest):
+            self._loads[digest].append(settle)
+        else:
+            settle(CapacityError(f"no room on the device for {digest} while requests use the others"))
+
+    def forget(self, digest: str, done: Callable[[], None]) -> None:
+        """Calls `done` when no request uses the adapter any more and its bytes have left the device."""
+        self._forgetting[digest].append(done)
+
+    def step(self) -> bool:
+        """One forward pass and what belongs around it; False if there was nothing to compute."""
+        began_s = time.monotonic()
+        self._settle_loads()
+        self._drop_expired(began_s)
+        planned = self.scheduler.next_batch(began_s)
+        if planned is not None:
+            batch, logits_SV = self._forward(planned)
+            self.scheduler.commit(batch)
+            self._advance(batch, logits_SV)
+            self._count(planned, time.monotonic() - began_s)
+        self._forget_unused()
+        return planned is not None
+
+    def _forward(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The rows that could be computed, and their logits.
+
+        If the pass fails, its rows run one by one, and one that fails even alone ends its own request only.
+        """
+        try:
+            logits_SV = self._runner.run(batch)
+        except Exception:
+            log.exception("a step failed; its %d rows run again one by one", len(batch.rows))
+        else:
+            self._barren_steps = 0
+            return batch, logits_SV
+        survivors: list[Row] = []
+        parts = [torch.empty(0, self.vocab_size)]
+        for row in batch.rows:
+            try:
+                parts.append(self._runner.run(Batch((row,))).cpu())
+                survivors.append(row)
+            except Exception as error:
+                log.exception("request failed request_id=%s", row.sequence.request.request_id)
+                reason = f"the forward pass failed: {type(error).__name__}"
+                self._fail(row.sequence, RequestFailedError(reason))
+        self._barren_steps = 0 if survivors else self._barren_steps + 1
+        if self._barren_steps >= _BARREN_STEPS:
+            raise RuntimeError(f"{self._barren_steps} steps in a row failed for every request")
+        return Batch(tuple(survivors)), torch.cat(parts)
+
+    def _advance(self, batch: Batch, logits_SV: Tensor) -> None:
+        generations = [self._generations[row.sequence] for row in batch.rows if row.samples]
+        choices = sample(logits_SV, [generation.sample_row() for generation in generations])
+        for generation, choice in zip(generations, choices, strict=True):
+            if choice.token_id is None:
+                self._fail(generation.sequence, RequestFailedError("the logits were not finite"))
+                continue
+            gap_s, events = generation.accept(choice, self._eos_token_ids)
+            if gap_s is not None:
+                self._metrics.observe_inter_token(gap_s)
+            for event in events:
+                self._emit(generation, event)
+
+    def _emit(self, generation: Generation, event: TokenEvent) -> None:
+        self._events.append((generation.stream, event))
+        if isinstance(event, Started):
+            self._metrics.observe_queue(event.queue_s)
+            self._metrics.observe_first_token(generation.duration_s)
+        elif isinstance(event, Finished):
+            code = "CANCELLED" if event.reason is FinishReason.CANCELLED else "OK"
+            self._retire(generation, event.reason.value, code)
+        elif isinstance(event, Failed):
+            self._retire(generation, "failed", event.error.code)
+
+    def _fail(self, sequence: Sequence, error: ServerError) -> None:
+        self._emit(self._generations[sequence], Failed(error))
+
+    def _retire(self, generation: Generation, reason: str, code: str) -> None:
+        sequence, request = generation.sequence, generation.request
+        self.scheduler.finish(sequence)
+        del self._generations[sequence]
+        self.counters.count_request()
+        name = request.adapter.name if request.adapter else ""
+        self._metrics.observe_finished(
+            reason, code, generation.duration_s, sequence.prompt_length, sequence.output_length, name
+        )
+
+    def _settle_loads(self) -> None:
+        for outcome in self.residency.collect():
+            result = "error" if outcome.error else "ok"
+            self._metrics.observe_adapter_load("disk", result, outcome.seconds)
+            for settle in self._loads.pop(outcome.digest, []):
+                settle(outcome.error)
+            if outcome.error is not None:
+                for sequence in self.scheduler.waiting_for(outcome.digest):
+                    self._fail(sequence, AdapterLoadError(outcome.error))
+
+    def _drop_expired(self, now_s: float) -> None:
+        for sequence in self.scheduler.unfinished():
+            if sequence.expired(now_s):
+                self._fail(sequence, DeadlineError("the deadline passed before the answer was complete"))
+
+    def _forget_unused(self) -> None:
+        for digest in list(self._forgetting):
+            used = any(sequence.digest == digest for sequence in self._generations)
+            if not used and self.residency.evict(digest):
+                for done in self._forgetting.pop(digest):
+                    done()
+
+    def _count(self, batch: Batch, seconds: float) -> None:
+        self.counters.count(batch)
+        self._metrics.observe_step(batch.phase, seconds, len(batch.rows), batch.adapter_count)

@@ -1,0 +1,285 @@
+"""The engine's thread and its bridge to the event loop. Knows neither models nor grpc.
+
+Requests come in through `submit`, leave through their RequestStream, and always end with Finished or Failed.
+Everything the core owns is touched by the thread alone: others post commands, which run between two steps.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from adapters.base import Base
+from adapters.errors import AdapterError
+from adapters.store import AdapterStore
+from server.config import EngineSettings
+from server.core import EngineCore
+from server.errors import DrainingError, EngineDownError, InvalidRequestError, QueueFullError
+from server.generation import Generation
+from server.metrics import Metrics
+from server.request import Request, TokenEvent
+from server.statistics import EngineStats, ResidentNow
+from server.stream import RequestStream
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_IDLE_WAIT_S = 0.2
+"""How long an idle engine sleeps at most before it looks at deadlines again."""
+_STOP_POLL_S = 0.02
+
+
+class Engine:
+    """Runs requests on one base, in a thread of its own."""
+
+    def __init__(self, base: Base, store: AdapterStore, settings: EngineSettings, metrics: Metrics) -> None:
+        """
+        Raises:
+            UnsupportedBaseError: the base cannot be served.
+            OutOfMemoryAtStartError: not even one request would fit.
+        """
+        self._metrics = metrics
+        self._settings = settings
+        self._condition = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._submitted = 0
+        self._closed = False
+        self._draining = False
+        self._stopping = False
+        self._residents: tuple[ResidentNow, ...] = ()
+        self._core = EngineCore(base, store, settings, metrics, self._wake)
+        self.on_death: Callable[[], None] = lambda: None
+        self._thread = threading.Thread(target=self._run_thread, name="engine", daemon=True)
+
+    # For the event loop and other threads
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+        self._metrics.set_engine_up(True)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._closed
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Prompt and answer together: what the base, the settings and the cache allow."""
+        return self._core.max_context_tokens
+
+    def submit(self, request: Request) -> RequestStream:
+        """Queues a request; call in a running event loop, where its stream will live.
+
+        Raises:
+            InvalidRequestError: the prompt is empty, too long, or holds an unknown token.
+            QueueFullError, DrainingError, EngineDownError: it was not queued.
+        """
+        if self._draining:
+            raise DrainingError("the server is draining; send the request to another one")
+        self._check(request)
+        stream = RequestStream(asyncio.get_running_loop(), lambda: self._post_if_open(cancel))
+        total = min(len(request.prompt_token_ids) + request.sampling.max_new_tokens, self.max_context_tokens)
+        generation = Generation(request, stream, self._core.decoder, total)
+
+        def cancel() -> None:
+            self._core.cancel(generation.sequence)
+
+        with self._condition:
+            if self._waiting >= self._settings.max_waiting_requests:
+                raise QueueFullError(
+                    f"{self._settings.max_waiting_requests} requests are waiting; try again later",
+                    self._core.counters.seconds_per_request,
+                )
+            self._post(lambda: self._enqueue(generation))
+            self._submitted += 1
+        return stream
+
+    async def load(self, digest: str) -> None:
+        """Brings an adapter to the device now.
+
+        Raises:
+            AdapterError: it cannot be loaded, or there is no room while others are in use.
+        """
+        future: asyncio.Future[AdapterError | None] = asyncio.get_running_loop().create_future()
+        self._post(lambda: self._core.load(digest, _setter(future)))
+        error = await future
+        if error is not None:
+            raise error
+
+    async def unload(self, digest: str) -> bool:
+        """Takes an adapter off the device unless a request uses it; True if it is not there afterwards."""
+        return await self._call(lambda: self._core.residency.evict(digest))
+
+    async def pin(self, digest: str, pinned: bool) -> None:
+        """A pinned adapter is not evicted to make room for others."""
+        await self._call(lambda: self._core.residency.pin(digest, pinned))
+
+    async def forget(self, digest: str) -> None:
+        """Returns when no request uses the adapter any more and its bytes have left the device."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done = _setter(future)
+        self._post(lambda: self._core.forget(digest, lambda: done(None)))
+        await future
+
+    def residency_of(self, digest: str) -> str:
+        """ "device" or "disk", as of the last step."""
+        return "device" if any(r.digest == digest for r in self._residents) else "disk"
+
+    def residents(self) -> tuple[ResidentNow, ...]:
+        """Adapters on the device, as of the last step."""
+        return self._residents
+
+    def stats(self) -> EngineStats:
+        """A look at the engine as of now."""
+        blocks, counters = self._core.scheduler.blocks, self._core.counters
+        return EngineStats(
+            running=len(self._core.scheduler.running),
+            waiting=self._waiting,
+            kv_tokens_total=blocks.total_tokens,
+            kv_tokens_free=blocks.free_tokens,
+            adapter_device_bytes_total=self._core.residency.budget_bytes,
+            adapter_device_bytes_used=sum(r.size_bytes for r in self._residents),
+            steps=counters.steps,
+            mixed_steps=counters.mixed_steps,
+            max_adapters_in_step=counters.max_adapters_in_step,
+            tokens_computed=counters.tokens_computed,
+        )
+
+    def drain(self) -> None:
+        """Refuses new requests from now on; those accepted go on."""
+        self._draining = True
+
+    async def stop(self, grace_s: float) -> None:
+        """Drains, waits at most so long for requests to end, fails the rest, ends the thread."""
+        self.drain()
+        deadline_s = time.monotonic() + grace_s
+        while self.alive and time.monotonic() < deadline_s:
+            if self._core.is_empty and not self._submitted:
+                break
+            await asyncio.sleep(_STOP_POLL_S)
+        self._stopping = True
+        self._wake()
+        await asyncio.to_thread(self._thread.join)
+        self._core.residency.close()
+
+    # Between the threads
+
+    @property
+    def _waiting(self) -> int:
+        return self._submitted + len(self._core.scheduler.waiting)
+
+    def _check(self, request: Request) -> None:
+        count, limit = len(request.prompt_token_ids), self.max_context_tokens
+        if count == 0:
+            raise InvalidRequestError("prompt", "has no tokens; send at least one")
+        if count >= limit:
+            raise InvalidRequestError(
+                "prompt", f"has {count} tokens; the context holds {limit}, the answer included"
+            )
+        unknown = [t for t in request.prompt_token_ids if not 0 <= t < self._core.vocab_size]
+        if unknown:
+            raise InvalidRequestError(
+                "prompt.token_ids", f"{unknown[0]} is not a token; ids are 0 to {self._core.vocab_size - 1}"
+            )
+
+    def _enqueue(self, generation: Generation) -> None:
+        with self._condition:
+            self._submitted -= 1
+        self._core.add(generation)
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._condition:
+            if self._closed:
+                raise EngineDownError("the engine has stopped; the server is about to exit")
+            self._inbox.append(command)
+            self._condition.notify()
+
+    def _post_if_open(self, command: Callable[[], None]) -> None:
+        try:
+            self._post(command)
+        except EngineDownError:
+            log.debug("cancelled after the engine stopped, which ended every request")
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        settle = _setter(future)
+        self._post(lambda: settle(function()))
+        return await future
+
+    def _wake(self) -> None:
+        with self._condition:
+            self._condition.notify()
+
+    # The thread
+
+    def _run_thread(self) -> None:
+        if self._settings.threads is not None:
+            torch.set_num_threads(self._settings.threads)
+        try:
+            while not self._stopping:
+                self._take_commands()
+                worked = self._core.step()
+                self._publish()
+                if not worked:
+                    self._sleep()
+        except BaseException:
+            log.exception("the engine died")
+            self._close()
+            self.on_death()
+        else:
+            self._close()
+
+    def _take_commands(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _publish(self) -> None:
+        """Sends the step's events, one wake-up per event loop, and shows the new state to other threads."""
+        by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[RequestStream, TokenEvent]]]
+        by_loop = defaultdict(list)
+        for stream, event in self._core.take_events():
+            by_loop[stream.loop].append((stream, event))
+        for loop, events in by_loop.items():
+            _call_in(loop, _put_all, events)
+        self._residents = tuple(ResidentNow(*resident) for resident in self._core.residency.residents())
+        scheduler = self._core.scheduler
+        self._metrics.set_engine_gauges(
+            len(scheduler.running), len(scheduler.waiting), scheduler.blocks.used_ratio
+        )
+
+    def _sleep(self) -> None:
+        with self._condition:
+            if not self._inbox and not self._stopping and not self._core.residency.has_news:
+                self._condition.wait(_IDLE_WAIT_S)
+
+    def _close(self) -> None:
+        """Ends every request there is, and refuses what comes later."""
+        with self._condition:
+            self._closed = True
+        self._metrics.set_engine_up(False)
+        self._take_commands()
+        self._core.fail_all(lambda: EngineDownError("the engine stopped before the answer was complete"))
+        self._publish()
+
+
+def _setter(future: "asyncio.Future[T]") -> Callable[[T], None]:
+    """Sets a future's result from any thread."""
+    loop = future.get_loop()
+    return lambda result: _call_in(loop, lambda: None if future.done() else future.set_result(result))
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
+    try:
+        loop.call_soon_threadsafe(function, *arguments)
+    except RuntimeError:
+        log.debug("the event loop closed before the engine could answer")
+
+
+def _put_all(events: list[tuple[RequestStream, TokenEvent]]) -> None:
+    for stream, event in events:
+        stream.put(event)

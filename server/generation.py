@@ -1,0 +1,92 @@
+"""One request's way from chosen tokens to events: text, stops, timings. Knows no batches and no queues."""
+
+import secrets
+import time
+
+from server.detokenizer import Decoder, Detokenizer
+from server.request import (
+    Delta,
+    Finished,
+    FinishReason,
+    Request,
+    Started,
+    Timings,
+    TokenEvent,
+)
+from server.sampler import Choice, SampleRow, uniform_of
+from server.sequence import Sequence
+from server.stream import RequestStream
+
+
+class Generation:
+    """A sequence together with its text and its random numbers; owned by the engine's thread."""
+
+    def __init__(
+        self, request: Request, stream: RequestStream, decoder: Decoder, max_total_tokens: int
+    ) -> None:
+        self.sequence = Sequence(request, max_total_tokens, time.monotonic())
+        self.stream = stream
+        self._text = Detokenizer(decoder, request.sampling.stop)
+        seed = request.sampling.seed
+        self._first_token_s: float | None = None
+        self._last_token_s: float | None = None
+        self._seed = secrets.randbits(64) if seed is None else seed
+
+    @property
+    def request(self) -> Request:
+        return self.sequence.request
+
+    def sample_row(self) -> SampleRow:
+        """What the sampler needs for this sequence's next token."""
+        sequence = self.sequence
+        uniform = uniform_of(self._seed, sequence.output_length)
+        return SampleRow(self.request.sampling, self.request.prompt_token_ids, sequence.output_ids, uniform)
+
+    def accept(self, choice: Choice, eos_token_ids: frozenset[int]) -> tuple[float | None, list[TokenEvent]]:
+        """Takes the chosen token.
+
+        Returns:
+            Seconds since the previous token (None for the first), and the events, which end with Finished if
+            this token was the last.
+        """
+        assert choice.token_id is not None
+        now_s, sequence = time.monotonic(), self.sequence
+        sequence.token_ids.append(choice.token_id)
+        gap_s = None if self._last_token_s is None else now_s - self._last_token_s
+        self._last_token_s = now_s
+        events: list[TokenEvent] = []
+        if self._first_token_s is None:
+            self._first_token_s = now_s
+            events.append(Started(sequence.prompt_length, 0, self.queue_s))
+        reason = sequence.finish_reason(eos_token_ids)
+        # A stopping token is counted and reported, but is no part of the text.
+        text = "" if reason is FinishReason.STOP else self._text.add(choice.token_id)
+        if self._text.stopped:
+            reason = FinishReason.STOP
+        elif reason is not None:
+            text += self._text.finish()
+        events.append(Delta(text, (choice.token_id,), (choice.logprob,) if choice.logprob else ()))
+        if reason is not None:
+            events.append(self.finished(reason))
+        return gap_s, events
+
+    def finished(self, reason: FinishReason) -> Finished:
+        """The closing event."""
+        sequence = self.sequence
+        return Finished(reason, sequence.prompt_length, sequence.output_length, 0, self._timings())
+
+    @property
+    def queue_s(self) -> float:
+        """Seconds from submission to admission, or until now."""
+        sequence = self.sequence
+        return (sequence.admitted_s or time.monotonic()) - sequence.submitted_s
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds since submission."""
+        return time.monotonic() - self.sequence.submitted_s
+
+    def _timings(self) -> Timings:
+        sequence = self.sequence
+        first_token_s = (self._first_token_s or time.monotonic()) - sequence.submitted_s
+        return Timings(self.queue_s, sequence.adapter_wait_s, first_token_s, self.duration_s)

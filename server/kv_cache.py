@@ -1,0 +1,138 @@
+"""Key and value tensors of every layer, and the attention that models call. Knows no requests.
+
+N token slots, K key/value heads, H query heads, E head dimension, T tokens of the batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from adapters.errors import UnsupportedBaseError
+from kernels.paged_attention import AttentionPlan, attend, paged_attention
+
+ATTENTION_NAME = "quickchange_paged"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one attention layer keeps per token."""
+
+    kv_heads: int
+    key_width: int
+    value_width: int
+
+    @property
+    def values_per_token(self) -> int:
+        return self.kv_heads * (self.key_width + self.value_width)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedStep:
+    """What an attention layer needs of the current step; travels through the model as keyword `paged`."""
+
+    plan: AttentionPlan
+    caches: dict[int, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeProbe:
+    """Stands in for a PagedStep while the model is asked, once, what its attention layers keep."""
+
+    shapes: dict[int, LayerShape]
+
+
+class KVCache:
+    """Keys and values of every layer: two tensors [N, K, E], indexed by block · block_tokens + offset."""
+
+    def __init__(
+        self, shapes: dict[int, LayerShape], token_slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.layers = {
+            index: (
+                torch.zeros(token_slots, shape.kv_heads, shape.key_width, dtype=dtype, device=device),
+                torch.zeros(token_slots, shape.kv_heads, shape.value_width, dtype=dtype, device=device),
+            )
+            for index, shape in shapes.items()
+        }
+
+
+def bytes_per_token(shapes: dict[int, LayerShape], dtype: torch.dtype) -> int:
+    """Memory of one position over all layers."""
+    return sum(shape.values_per_token for shape in shapes.values()) * dtype.itemsize
+
+
+def use_paged_attention(model: nn.Module) -> None:
+    """Makes every attention layer of a transformers model call `_paged_forward`.
+
+    Raises:
+        UnsupportedBaseError: the architecture does not take another attention.
+    """
+    AttentionInterface.register(ATTENTION_NAME, _paged_forward)
+    try:
+        model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]  # PreTrainedModel's
+    except ValueError as error:
+        raise UnsupportedBaseError(
+            f"{type(model).__name__} does not let its attention be replaced, so it cannot be served: {error}"
+        ) from error
+
+
+def probe_layers(model: nn.Module, device: torch.device) -> dict[int, LayerShape]:
+    """Runs two tokens through the model and returns what each attention layer would keep.
+
+    Raises:
+        UnsupportedBaseError: some layer did not use the replaced attention, so its state would be lost.
+    """
+    probe = ShapeProbe({})
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    with torch.inference_mode():
+        model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False, paged=probe)
+    expected = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    if sorted(probe.shapes) != list(range(expected)):
+        raise UnsupportedBaseError(
+            f"{type(model).__name__}: {len(probe.shapes)} of {expected} layers keep keys and values in the "
+            "usual way; hybrid, recurrent and shared-cache architectures cannot be served yet"
+        )
+    return probe.shapes
+
+
+def _paged_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    paged: PagedStep | ShapeProbe,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_unused: object,
+) -> tuple[Tensor, None]:
+    """As transformers calls it: query [1, H, T, E], key and value [1, K, T, E]; returns [1, T, H, E]."""
+    layer = int(module.layer_idx)  # type: ignore[arg-type]  # set by every transformers attention
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if isinstance(paged, ShapeProbe):
+        paged.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        return _probe_attention(query, key, value, scale), None
+    k_cache, v_cache = paged.caches[layer]
+    out_THE = paged_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        k_cache,
+        v_cache,
+        paged.plan,
+        scale=scale,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return out_THE[None], None
+
+
+def _probe_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    keys, values = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return attend(query, keys, values, mask, scale, None).transpose(1, 2)

@@ -1,0 +1,79 @@
+"""How much memory keys and values, and adapters, may take. Knows devices, not requests."""
+
+import logging
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from server.config import GIB, MIB, EngineSettings
+
+log = logging.getLogger(__name__)
+
+_KV_SHARE = 0.25
+_ADAPTER_SHARE = 0.15
+_CUDA_RESERVE_BYTES = 1 * GIB
+"""Left for activations and workspaces."""
+_CPU_KV_LIMIT_BYTES = 4 * GIB
+_CPU_ADAPTER_LIMIT_BYTES = 2 * GIB
+"""A host is shared with other programs: more is taken only when a flag asks for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Blocks of keys and values, and bytes of adapters."""
+
+    block_count: int
+    block_tokens: int
+    adapter_bytes: int
+
+
+class OutOfMemoryAtStartError(Exception):
+    """Not even one request fits; the message says how much is needed and how much is there."""
+
+
+def plan_memory(
+    settings: EngineSettings, *, kv_bytes_per_token: int, max_context_tokens: int, device: torch.device
+) -> Budgets:
+    """Sizes the caches from what the settings ask for, or else from the memory that is free now.
+
+    Raises:
+        OutOfMemoryAtStartError: the key/value budget does not hold one block.
+    """
+    free_bytes = _free_bytes(device)
+    block_bytes = kv_bytes_per_token * settings.block_tokens
+    kv_bytes = settings.kv_bytes or _default_kv_bytes(free_bytes, device)
+    useful_blocks = settings.max_running_requests * -(-max_context_tokens // settings.block_tokens)
+    blocks = min(kv_bytes // block_bytes, useful_blocks)
+    if blocks < 1:
+        raise OutOfMemoryAtStartError(
+            f"keys and values of one block need {block_bytes} bytes and {kv_bytes} are allowed; "
+            "raise --kv-bytes or lower --block-tokens"
+        )
+    adapter_bytes = settings.adapter_device_bytes or _default_adapter_bytes(free_bytes, device)
+    log.info(
+        "memory free_mib=%d kv_mib=%d kv_tokens=%d adapter_mib=%d",
+        free_bytes // MIB,
+        blocks * block_bytes // MIB,
+        blocks * settings.block_tokens,
+        adapter_bytes // MIB,
+    )
+    return Budgets(blocks, settings.block_tokens, adapter_bytes)
+
+
+def _default_kv_bytes(free_bytes: int, device: torch.device) -> int:
+    if device.type == "cuda":
+        adapters = _default_adapter_bytes(free_bytes, device)
+        return max(0, free_bytes - adapters - _CUDA_RESERVE_BYTES)
+    return min(int(free_bytes * _KV_SHARE), _CPU_KV_LIMIT_BYTES)
+
+
+def _default_adapter_bytes(free_bytes: int, device: torch.device) -> int:
+    share = int(free_bytes * _ADAPTER_SHARE)
+    return share if device.type == "cuda" else min(share, _CPU_ADAPTER_LIMIT_BYTES)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

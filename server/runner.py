@@ -1,0 +1,122 @@
+"""Turns a Batch into tensors and logits. Knows neither queues nor grpc.
+
+T tokens of the batch, S rows that need logits, V vocabulary, B decode rows, L key positions.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+
+import torch
+from torch import Tensor
+
+from adapters.base import Base
+from adapters.layers import AdapterSlots, attach_slots
+from kernels.lora import Segment
+from kernels.paged_attention import AttentionPlan, PrefillSegment
+from server.batch import Batch, Row
+from server.kv_cache import KVCache, LayerShape, PagedStep, bytes_per_token, probe_layers, use_paged_attention
+
+
+class ModelRunner:
+    """The base with paged attention and adapter slots; one forward pass per call, in one thread."""
+
+    def __init__(self, base: Base) -> None:
+        """
+        Raises:
+            UnsupportedBaseError: the architecture keeps state that paged attention cannot hold.
+        """
+        self._model = base.model
+        self._device, self.dtype = base.device, base.dtype
+        use_paged_attention(base.model)
+        self.layer_shapes: dict[int, LayerShape] = probe_layers(base.model, base.device)
+        self.slots: AdapterSlots = attach_slots(base.model, base.layout)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Memory of one cached position over all layers."""
+        return bytes_per_token(self.layer_shapes, self.dtype)
+
+    def allocate_cache(self, block_count: int, block_tokens: int) -> None:
+        """Makes room for so many blocks of keys and values."""
+        self._block_tokens = block_tokens
+        self._cache = KVCache(self.layer_shapes, block_count * block_tokens, self.dtype, self._device)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Tensor:
+        """Computes a batch and returns float32 logits [S, V] of its sampling rows, in order."""
+        token_ids, positions, sample_rows = _flatten(batch)
+        self.slots.routing.segments = _segments((row.sequence.slot, row.count) for row in batch.rows)
+        self.slots.head_routing.segments = _segments(
+            (row.sequence.slot, 1) for row in batch.rows if row.samples
+        )
+        step = PagedStep(self._plan(batch), self._cache.layers)
+        output = self._model(
+            input_ids=self._tensor(token_ids)[None],
+            position_ids=self._tensor(positions)[None],
+            logits_to_keep=self._tensor(sample_rows),
+            use_cache=False,
+            paged=step,
+        )
+        logits_SV: Tensor = output.logits[0].float()
+        return logits_SV
+
+    def _plan(self, batch: Batch) -> AttentionPlan:
+        slots = [_cache_slots(row, self._block_tokens) for row in batch.rows]
+        write = [slot for row, owned in zip(batch.rows, slots, strict=True) for slot in owned[row.start :]]
+        decode_rows = sum(row.is_decode for row in batch.rows)
+        prefills, start = [], decode_rows
+        for row, owned in zip(batch.rows[decode_rows:], slots[decode_rows:], strict=True):
+            prefills.append(PrefillSegment(start, start + row.count, row.start, self._tensor(owned)))
+            start += row.count
+        lengths = [len(owned) for owned in slots[:decode_rows]]
+        return AttentionPlan(
+            write_T=self._tensor(write),
+            decode_rows=decode_rows,
+            decode_gather_BL=self._tensor(_padded(slots[:decode_rows])) if decode_rows else None,
+            decode_lengths_B=self._tensor(lengths) if decode_rows else None,
+            prefills=tuple(prefills),
+        )
+
+    def _tensor(self, values: Items[int] | Items[Items[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long).to(self._device, non_blocking=True)
+
+
+def _flatten(batch: Batch) -> tuple[list[int], list[int], list[int]]:
+    """Token ids and positions of T tokens, and the indices in T that need logits."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    sample_rows: list[int] = []
+    for row in batch.rows:
+        end = row.start + row.count
+        token_ids.extend(row.sequence.token_ids[row.start : end])
+        positions.extend(range(row.start, end))
+        if row.samples:
+            sample_rows.append(len(token_ids) - 1)
+    return token_ids, positions, sample_rows
+
+
+def _segments(slot_counts: Iterable[tuple[int, int]]) -> tuple[Segment, ...]:
+    """Neighbouring tokens of one adapter as one segment; the base needs none."""
+    segments: list[Segment] = []
+    position = 0
+    for slot, count in slot_counts:
+        if slot and segments and segments[-1].slot == slot and segments[-1].end == position:
+            segments[-1] = Segment(segments[-1].start, position + count, slot)
+        elif slot:
+            segments.append(Segment(position, position + count, slot))
+        position += count
+    return tuple(segments)
+
+
+def _cache_slots(row: Row, block_tokens: int) -> list[int]:
+    """Cache slots of positions 0 … row.start + row.count - 1."""
+    end = row.start + row.count
+    slots: list[int] = []
+    for block in row.sequence.blocks[: -(-end // block_tokens)]:
+        slots.extend(range(block * block_tokens, (block + 1) * block_tokens))
+    return slots[:end]
+
+
+def _padded(rows: list[list[int]]) -> list[list[int]]:
+    width = max(map(len, rows))
+    return [row + [0] * (width - len(row)) for row in rows]

@@ -1,0 +1,79 @@
+"""A request while the engine works on it: tokens, blocks, slot, progress. Knows neither torch nor grpc."""
+
+import enum
+from dataclasses import dataclass, field
+
+from server.request import FinishReason, Request
+
+
+class Phase(enum.Enum):
+    """Where a sequence is; FINISHED is for ever."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Mutable state of one request, owned by the engine's thread.
+
+    Attributes:
+        token_ids: prompt, then answer.
+        computed: so many leading tokens have their keys and values in the cache.
+        blocks: indices of its cache blocks, in order of position.
+        slot: adapter slot while RUNNING; 0 is the base.
+        submitted_s, admitted_s: on time.monotonic().
+    """
+
+    request: Request
+    max_total_tokens: int
+    submitted_s: float
+    token_ids: list[int] = field(init=False)
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    slot: int = 0
+    phase: Phase = Phase.WAITING
+    adapter_wait_s: float = 0.0
+    adapter_wait_began_s: float | None = None
+    admitted_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+
+    @property
+    def digest(self) -> str | None:
+        """Content digest of its adapter; None for the base."""
+        return self.request.adapter.digest if self.request.adapter else None
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def output_length(self) -> int:
+        return len(self.token_ids) - self.prompt_length
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_length :]
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose keys and values are not computed yet; 1 while decoding."""
+        return len(self.token_ids) - self.computed
+
+    def expired(self, now_s: float) -> bool:
+        """Whether its deadline has passed."""
+        deadline_s = self.request.deadline_s
+        return deadline_s is not None and now_s >= deadline_s
+
+    def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        """Why its newest token ends it, stop strings aside; None if it goes on."""
+        sampling = self.request.sampling
+        newest = self.token_ids[-1]
+        if newest in sampling.stop_token_ids or (newest in eos_token_ids and not sampling.ignore_eos):
+            return FinishReason.STOP
+        if len(self.token_ids) >= self.max_total_tokens:
+            return FinishReason.LENGTH
+        return None

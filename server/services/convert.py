@@ -1,0 +1,210 @@
+"""Messages of the wire to our own values and back. Does no work and keeps no state."""
+
+import secrets
+from collections.abc import Iterable
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from adapters.facts import AdapterFacts, AdapterRecord
+from quickchange.v1 import adapters_pb2, inference_pb2
+from server.errors import InvalidRequestError, UnsupportedFeatureError
+from server.request import (
+    AdapterIdentity,
+    Delta,
+    Finished,
+    FinishReason,
+    SamplingParams,
+    Started,
+    Timings,
+    TokenLogprob,
+)
+
+DEFAULT_MAX_NEW_TOKENS: Final = 256
+_MAX_REQUEST_ID_CHARACTERS: Final = 128
+
+_FINISH_REASONS: Final = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: inference_pb2.FINISH_REASON_CANCELLED,
+}
+
+
+def request_id_of(request: inference_pb2.GenerateRequest) -> str:
+    """The caller's id, or a new one.
+
+    Raises:
+        InvalidRequestError: it is too long, or could forge lines of the log.
+    """
+    given = request.request_id
+    if not given:
+        return secrets.token_hex(8)
+    if len(given) > _MAX_REQUEST_ID_CHARACTERS or not given.isprintable():
+        raise InvalidRequestError(
+            "request_id", f"must be at most {_MAX_REQUEST_ID_CHARACTERS} printable characters"
+        )
+    return given
+
+
+def refuse_unsupported(request: inference_pb2.GenerateRequest) -> None:
+    """
+    Raises:
+        UnsupportedFeatureError: a field asks for what this version does not do.
+        InvalidRequestError: no version could do it.
+    """
+    if request.sampling.HasField("n") and request.sampling.n != 1:
+        if request.sampling.n == 0:
+            raise InvalidRequestError("sampling.n", "is 0, must be at least 1")
+        raise UnsupportedFeatureError(
+            f"sampling.n: is {request.sampling.n}, only 1 is supported; send the request several times, "
+            "each with its own seed"
+        )
+    if request.priority:
+        raise UnsupportedFeatureError(f"priority: is {request.priority}, only 0 is supported")
+    if request.HasField("adapter_scale") and request.adapter_scale != 1.0:
+        raise UnsupportedFeatureError(
+            f"adapter_scale: is {request.adapter_scale:g}, only 1 is supported; "
+            "upload the adapter with another lora_alpha"
+        )
+
+
+def sampling_of(request: inference_pb2.GenerateRequest, room_tokens: int) -> SamplingParams:
+    """How the caller wants tokens to be chosen.
+
+    Args:
+        room_tokens: what the context leaves for the answer; bounds the default, not the caller's own number.
+
+    Raises:
+        InvalidRequestError: a value is out of its range.
+    """
+    sampling, stopping, output = request.sampling, request.stopping, request.output
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    names += ("presence_penalty", "frequency_penalty", "seed")
+    given = {name: getattr(sampling, name) for name in names if sampling.HasField(name)}
+    default = {"max_new_tokens": max(1, min(DEFAULT_MAX_NEW_TOKENS, room_tokens))}
+    return SamplingParams(
+        **(default | given),
+        stop=tuple(stopping.stop),
+        stop_token_ids=frozenset(stopping.stop_token_ids),
+        ignore_eos=stopping.ignore_eos,
+        logprobs=output.logprobs if output.HasField("logprobs") else None,
+    )
+
+
+def identity_of(record: AdapterRecord | None) -> AdapterIdentity | None:
+    """What the engine and the answer need of an adapter; None for the base."""
+    if record is None:
+        return None
+    return AdapterIdentity(record.name, record.version, record.facts.digest)
+
+
+def resolved(identity: AdapterIdentity | None) -> inference_pb2.ResolvedAdapter:
+    if identity is None:
+        return inference_pb2.ResolvedAdapter()
+    return inference_pb2.ResolvedAdapter(name=identity.name, version=identity.version, digest=identity.digest)
+
+
+def started(event: Started, request_id: str, identity: AdapterIdentity | None) -> inference_pb2.Started:
+    return inference_pb2.Started(
+        request_id=request_id,
+        adapter=resolved(identity),
+        prompt_tokens=event.prompt_tokens,
+        cached_tokens=event.cached_tokens,
+        queue_time=_duration(event.queue_s),
+    )
+
+
+def delta(event: Delta) -> inference_pb2.Delta:
+    return inference_pb2.Delta(text=event.text, token_ids=event.token_ids, logprobs=logprobs(event.logprobs))
+
+
+def finished(event: Finished) -> inference_pb2.Finished:
+    return inference_pb2.Finished(
+        finish_reason=finish_reason(event), usage=usage(event), timings=timings(event.timings)
+    )
+
+
+def finish_reason(event: Finished) -> inference_pb2.FinishReason:
+    return _FINISH_REASONS[event.reason]
+
+
+def usage(event: Finished) -> inference_pb2.Usage:
+    return inference_pb2.Usage(
+        prompt_tokens=event.prompt_tokens,
+        completion_tokens=event.completion_tokens,
+        cached_tokens=event.cached_tokens,
+    )
+
+
+def timings(values: Timings) -> inference_pb2.Timings:
+    return inference_pb2.Timings(
+        queue=_duration(values.queue_s),
+        adapter_load=_duration(values.adapter_load_s),
+        time_to_first_token=_duration(values.time_to_first_token_s),
+        total=_duration(values.total_s),
+    )
+
+
+def logprobs(values: Iterable[TokenLogprob]) -> list[inference_pb2.TokenLogprob]:
+    return [
+        inference_pb2.TokenLogprob(
+            token_id=value.token_id,
+            logprob=value.logprob,
+            alternatives=[
+                inference_pb2.TokenAlternative(token_id=token_id, logprob=logprob)
+                for token_id, logprob in value.alternatives
+            ],
+        )
+        for value in values
+    ]
+
+
+def adapter(record: AdapterRecord, residency: str) -> adapters_pb2.Adapter:
+    """
+    Args:
+        residency: "disk", "host" or "device".
+    """
+    facts = record.facts
+    return adapters_pb2.Adapter(
+        name=record.name,
+        version=record.version,
+        digest=facts.digest,
+        etag=record.etag,
+        state=adapters_pb2.AdapterState.Value(f"ADAPTER_STATE_{record.state.upper()}"),
+        residency=adapters_pb2.Residency.Value(f"RESIDENCY_{residency.upper()}"),
+        pinned=record.pinned,
+        rank=facts.rank,
+        alpha=facts.alpha,
+        target_modules=facts.target_modules,
+        method=adapters_pb2.AdapterMethod.Value(f"ADAPTER_METHOD_{facts.method.upper()}"),
+        size_bytes=facts.size_bytes,
+        base_fingerprint=facts.base_fingerprint,
+        aliases=record.aliases,
+        labels=record.labels,
+        description=record.description,
+        create_time=_timestamp(record.created_s),
+        update_time=_timestamp(record.updated_s),
+        error=record.error or "",
+    )
+
+
+def report(facts: AdapterFacts) -> adapters_pb2.ValidationReport:
+    return adapters_pb2.ValidationReport(
+        matched_modules=facts.matched_modules,
+        rank=facts.rank,
+        delta_norm=facts.delta_norm,
+        dtype=facts.dtype,
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    message = Timestamp()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message

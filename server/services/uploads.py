@@ -1,0 +1,209 @@
+"""One upload: the header's checks, then chunks to a staging folder. Knows neither gRPC calls nor what an adapter is.
+
+Memory does not grow with the upload: each chunk is checked, hashed and written before the next one is read.
+"""
+
+import errno
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import google_crc32c
+
+from adapters.errors import AdapterCorruptError, CapacityError, UploadOffsetError
+from adapters.files import BUNDLE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from quickchange.v1 import adapters_pb2
+from server.config import MIB
+from server.errors import DeadlineError, InvalidRequestError, QueueFullError
+
+MAX_CHUNK_BYTES: Final = MIB
+MAX_JSON_BYTES: Final = MIB
+
+_REQUIRED_FILES: Final = (CONFIG_FILE, WEIGHTS_FILE)
+_ALLOWED_FILES: Final = (*_REQUIRED_FILES, BUNDLE_FILE)
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
+
+
+class TooManyUploadsError(QueueFullError):
+    """Every place for an upload is taken."""
+
+    reason = "TOO_MANY_UPLOADS"
+
+
+class UploadStalledError(DeadlineError):
+    """The next chunk did not come in time."""
+
+    reason = "UPLOAD_STALLED"
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredFile:
+    """What the header says of a file, before a byte of it has come."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class UploadPlan:
+    """A header that passed its checks; name, labels and description are the store's to check."""
+
+    name: str
+    version: int | None
+    files: tuple[DeclaredFile, ...]
+    validate_only: bool
+    labels: Mapping[str, str]
+    description: str
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+
+def plan_of(header: adapters_pb2.UploadHeader, max_upload_bytes: int) -> UploadPlan:
+    """
+    Raises:
+        InvalidRequestError: naming the field.
+        CapacityError: the upload is larger than this server takes.
+    """
+    plan = UploadPlan(
+        name=header.name,
+        version=header.version if header.HasField("version") else None,
+        files=tuple(_declared(file, index) for index, file in enumerate(header.files)),
+        validate_only=header.validate_only,
+        labels=dict(header.labels),
+        description=header.description,
+    )
+    if plan.version == 0:
+        raise InvalidRequestError("header.version", "is 0, must be at least 1, or unset for the next one")
+    names = [file.name for file in plan.files]
+    if len(set(names)) != len(names) or not set(_REQUIRED_FILES) <= set(names):
+        raise InvalidRequestError(
+            "header.files",
+            f"are {', '.join(names) or 'none'}; send {' and '.join(_REQUIRED_FILES)} once each, "
+            f"and {BUNDLE_FILE} if there is one",
+        )
+    if plan.size_bytes > max_upload_bytes:
+        raise CapacityError(
+            f"the upload has {plan.size_bytes} bytes, at most {max_upload_bytes} are taken",
+            reason="UPLOAD_TOO_LARGE",
+        )
+    return plan
+
+
+def _declared(file: adapters_pb2.UploadFile, index: int) -> DeclaredFile:
+    where = f"header.files[{index}]"
+    if file.name not in _ALLOWED_FILES:
+        raise InvalidRequestError(
+            f"{where}.name", f"is {file.name[:128]!r}, must be one of {', '.join(_ALLOWED_FILES)}"
+        )
+    if file.size_bytes == 0:
+        raise InvalidRequestError(f"{where}.size_bytes", "is 0, must be the size of the file")
+    if file.name != WEIGHTS_FILE and file.size_bytes > MAX_JSON_BYTES:
+        raise InvalidRequestError(
+            f"{where}.size_bytes", f"is {file.size_bytes}, {file.name} may have {MAX_JSON_BYTES}"
+        )
+    if not _SHA256.fullmatch(file.sha256):
+        raise InvalidRequestError(f"{where}.sha256", "must be 64 lower-case hexadecimal digits")
+    return DeclaredFile(file.name, file.size_bytes, file.sha256)
+
+
+@dataclass(slots=True)
+class _OpenFile:
+    declared: DeclaredFile
+    sink: BinaryIO
+    written: int = 0
+    digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+
+
+class StagedUpload:
+    """The files of one upload on their way to disk. Every method blocks; use it as a context manager, in one thread
+    at a time.
+    """
+
+    def __init__(self, folder: Path, plan: UploadPlan) -> None:
+        """
+        Args:
+            folder: an empty one of our own; its removal is the caller's.
+        """
+        self._files: list[_OpenFile] = []
+        self._folder = folder
+        for declared in plan.files:
+            self._files.append(_OpenFile(declared, (folder / declared.name).open("xb")))
+
+    def write(self, chunk: adapters_pb2.UploadChunk) -> None:
+        """Checks a chunk and appends it to its file.
+
+        Raises:
+            InvalidRequestError, UploadOffsetError, AdapterCorruptError, CapacityError
+        """
+        file = self._file_of(chunk)
+        if google_crc32c.value(chunk.data) != chunk.crc32c:
+            raise AdapterCorruptError(
+                f"chunk at {chunk.write_offset} of {file.declared.name} does not have its crc32c; send it again"
+            )
+        try:
+            file.sink.write(chunk.data)
+        except OSError as error:
+            raise _disk_error(error) from error
+        file.digest.update(chunk.data)
+        file.written += len(chunk.data)
+
+    def finish(self) -> None:
+        """Closes the files and checks that each is whole.
+
+        Raises:
+            InvalidRequestError, AdapterCorruptError, CapacityError
+        """
+        self.close()
+        for file in self._files:
+            declared = file.declared
+            if file.written != declared.size_bytes:
+                raise InvalidRequestError(
+                    "chunk", f"{declared.name} ended after {file.written} of {declared.size_bytes} bytes"
+                )
+            if file.digest.hexdigest() != declared.sha256:
+                raise AdapterCorruptError(f"{declared.name} does not have its sha256; send it again")
+
+    def close(self) -> None:
+        """Closes the files; harmless to repeat."""
+        for file in self._files:
+            try:
+                file.sink.close()
+            except OSError as error:
+                raise _disk_error(error) from error
+
+    def _file_of(self, chunk: adapters_pb2.UploadChunk) -> _OpenFile:
+        if chunk.file_index >= len(self._files):
+            raise InvalidRequestError(
+                "chunk.file_index", f"is {chunk.file_index}, the header names {len(self._files)} files"
+            )
+        if not 0 < len(chunk.data) <= MAX_CHUNK_BYTES:
+            raise InvalidRequestError(
+                "chunk.data", f"has {len(chunk.data)} bytes, must have 1 to {MAX_CHUNK_BYTES}"
+            )
+        file = self._files[chunk.file_index]
+        if chunk.write_offset != file.written:
+            raise UploadOffsetError(
+                f"chunk of {file.declared.name} is for {chunk.write_offset}, the file stands at {file.written}"
+            )
+        if file.written + len(chunk.data) > file.declared.size_bytes:
+            raise InvalidRequestError(
+                "chunk.data",
+                f"goes past the {file.declared.size_bytes} bytes declared for {file.declared.name}",
+            )
+        return file
+
+
+def _disk_error(error: OSError) -> Exception:
+    """The error that the caller should see; anything but a full disk is ours to look into."""
+    if error.errno in _NO_SPACE:
+        return CapacityError(
+            "the store's disk is full; delete adapters or give it more room", reason="DISK_FULL"
+        )
+    return error
