@@ -1,32 +1,65 @@
-"""Owns loading the base model, for serving and for training. Knows no adapters."""
+"""Owns the base model in memory: loaded for serving, for training or dequantised. Knows no adapters.
 
-import hashlib
+purpose  quantization  linear layers
+serve    nf4           NF4Linear: immutable, packed for inference (adapters/nf4.py)
+train    nf4           bitsandbytes Linear4bit, never repacked, so that gradients and saving stay right
+either   none          torch Linear; with float32 this is the exact mode that parity tests use
+"""
+
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.pytorch_utils import Conv1D
 
+from adapters.bnb import Linear4bit
+from adapters.cache import default_cache_dir
+from adapters.errors import BaseModelError, UnsupportedBaseError
+from adapters.fingerprint import fingerprint_of
 from adapters.layout import BaseLayout, ModuleShape
-from adapters.nf4 import NF4Linear
+from adapters.nf4 import NF4Linear, dequantized_weight, fused_kernel_works, serving_linear
+from adapters.quantize import NF4_SCHEME, progress_bars, quantized_folder
+from adapters.sources import Source, resolve_source
+from adapters.support import supported_config
 
 Purpose = Literal["serve", "train"]
 Quantization = Literal["nf4", "none"]
 DTypeName = Literal["auto", "bfloat16", "float32"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 
+_NO_LIMIT = 1_000_000_000  # tokenizers without a limit say 1e30
+
 
 @dataclass(frozen=True, slots=True)
 class Base:
+    """A base model in memory.
+
+    Attributes:
+        model: a transformers causal language model, in evaluation mode, on `device`.
+        tokenizer: its tokenizer, as saved with it.
+        name: what people call it, without a path.
+        folder: where its configuration, unquantised weights and tokenizer lie on this machine.
+        fingerprint: "sha256:…" of weights, configuration and quantisation.
+        quantization: "nf4" or "none".
+        dtype: of activations, norms, embeddings and the output head.
+        layout: every linear module by name and shape.
+        weight_bytes: memory of all weights and buffers, each counted once.
+        chat_template: Jinja source, None if the model has none.
+        eos_token_ids: tokens that end an answer, from the generation configuration and the tokenizer.
+        max_context_tokens: positions the model was made for.
+        vocab_size: rows of the output head.
+    """
+
     model: Any
     tokenizer: Any
     name: str
+    folder: Path
     fingerprint: str
-    quantization: str
+    quantization: Quantization
     device: torch.device
     dtype: torch.dtype
     layout: BaseLayout
@@ -47,45 +80,236 @@ def load_base(
     cache_dir: Path | None = None,
     progress: bool = True,
 ) -> Base:
-    where = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
-    if dtype == "auto":
-        act = torch.bfloat16 if where.type == "cuda" else torch.float32
-    else:
-        act = getattr(torch, dtype)
-    folder = Path(source)
-    kwargs: dict[str, Any] = {}
+    """Loads a base; the first time on a machine it may be fetched, converted and quantised.
+
+    Args:
+        source: a folder with safetensors, a GGUF file, a hub id, or "smollm2".
+        purpose: "serve" gives immutable layers; "train" gives layers that PEFT and autograd understand.
+        dtype: "auto" is bfloat16 on CUDA, float32 around bfloat16 products of NF4 weights on a CPU;
+            "float32" makes every product exact.
+        device: "auto" is CUDA if there is one.
+        cache_dir: where fetched, converted and quantised models are kept; $QUICKCHANGE_CACHE or
+            ~/.cache/quickchange if None.
+        progress: whether long work shows progress bars.
+
+    Raises:
+        BaseNotFoundError: the source is not there or cannot be read.
+        UnsupportedBaseError: its architecture or form cannot be served.
+    """
+    cache = cache_dir or default_cache_dir()
+    place = _device(device)
+    activations = _activation_dtype(dtype, place)
+    found = resolve_source(source, cache, progress=progress)
+    supported_config(found.folder)
+    fingerprint = fingerprint_of(found.folder, NF4_SCHEME if quantization == "nf4" else "none", cache)
     if quantization == "nf4":
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=act, device_map={"": where}, use_safetensors=True, trust_remote_code=False,
-        local_files_only=True, **kwargs).eval()
-    model.requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    for _name, p in model.named_parameters():
-        if p.is_floating_point():
-            p.data = p.data.to(act)
+        weights = quantized_folder(found.folder, fingerprint, cache, progress=progress)
+        model = _load_nf4(weights, place, activations, exact=dtype == "float32")
+    else:
+        model = _load_model(found.folder, place, activations)
+        _replace_conv1d(model)
+    model.generation_config = _generation_config(found.folder, model.config)
+    model.name_or_path = model.config._name_or_path = str(found.folder)
+    if purpose == "serve":
+        model.requires_grad_(False)
+        _make_serving(model, activations, fused=dtype != "float32")
+    return _describe(model, found, fingerprint, quantization, place, activations)
+
+
+def dequantized_model(source: str, *, cache_dir: Path | None = None, progress: bool = True) -> Any:
+    """A plain float32 transformers model with exactly the weights that NF4 stands for, on the CPU.
+
+    Independent of every other load; free to change and to save. Errors as `load_base`.
+    """
+    return dequantized_base(source, cache_dir=cache_dir, progress=progress).model
+
+
+def dequantized_base(
+    source: str, *, quantization: Quantization = "nf4", cache_dir: Path | None = None, progress: bool = True
+) -> Base:
+    """A base whose model is plain float32 torch on the CPU: what NF4 stands for, or with "none" the source.
+
+    The fingerprint and the layout stay those of the base that adapters are trained on.
+    """
+    base = load_base(
+        source,
+        purpose="train",
+        quantization=quantization,
+        dtype="float32",
+        device="cpu",
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+    for name, module in list(base.model.named_modules()):
+        if isinstance(module, Linear4bit) or getattr(module, "source_cls", None) is Conv1D:
+            base.model.set_submodule(name, _as_saved(module))
+    if quantization == "nf4":
+        base.model.hf_quantizer.remove_quantization_config(base.model)
+    base.model.requires_grad_(False)
+    return replace(base, weight_bytes=sum(_tensor_bytes(base.model)))
+
+
+def _device(wanted: DeviceName) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise UnsupportedBaseError(
+            "device 'cuda' was asked for and there is none; use device 'auto' or 'cpu'"
+        )
+    return torch.device("cuda", 0) if has_cuda and wanted != "cpu" else torch.device("cpu")
+
+
+def _activation_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def _load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    try:
+        with progress_bars(False):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map={"": device},
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BaseModelError(
+            f"{folder} cannot be loaded ({error}); if it is a cache folder, delete it"
+        ) from error
+    return model.eval()
+
+
+def _load_nf4(folder: Path, device: torch.device, dtype: torch.dtype, *, exact: bool) -> Any:
+    model = _load_model(folder, device, dtype)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # what is not quantised comes in the type it was saved in
+            parameter.data = parameter.data.to(dtype)
+    bf16_products = not exact and (device.type == "cuda" or fused_kernel_works())
+    for _, layer in _linear4bits(model):
+        layer.compute_dtype = torch.bfloat16 if bf16_products else dtype
+        layer.compute_type_is_set = True
+        # bitsandbytes would repack the weight in place at the first evaluation, and from then on gradients,
+        # dequantisation and saving would be wrong.
+        layer.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _make_serving(model: Any, dtype: torch.dtype, *, fused: bool) -> None:
+    """Swaps every Linear4bit for its immutable serving form; one thread, before anything is served."""
+    for name, layer in _linear4bits(model):
+        model.set_submodule(name, serving_linear(layer, dtype, fused=fused))
+
+
+def _linear4bits(model: nn.Module) -> list[tuple[str, Linear4bit]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+
+
+def _as_saved(layer: Any) -> nn.Module:
+    """The float32 module that the model's own code has here: Linear, or Conv1D with a transposed weight."""
+    weight_OD = dequantized_weight(layer) if isinstance(layer, Linear4bit) else layer.weight.detach()
+    outs, ins = weight_OD.shape
+    if layer.source_cls is Conv1D:
+        plain: nn.Module = Conv1D(outs, ins)
+        plain.weight = nn.Parameter(weight_OD.T.contiguous())
+    else:
+        plain = nn.Linear(ins, outs, bias=layer.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight_OD)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach())
+    return plain
+
+
+def _replace_conv1d(model: Any) -> None:
+    """GPT-2's transposed linear layers become Linear, as they do under NF4, so that adapters see one kind."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-            if purpose == "serve":
-                model.set_submodule(name, NF4Linear(module.weight.data, module.weight.quant_state, module.bias, act))
-    fingerprint = "sha256:" + hashlib.sha256(
-        str(folder.resolve()).encode() + quantization.encode()).hexdigest()
-    head = model.get_output_embeddings()
-    modules = {n: ModuleShape(m.in_features, m.out_features) for n, m in model.named_modules()
-               if isinstance(m, nn.Linear | NF4Linear)}
-    layout = BaseLayout(modules, next((n for n, m in model.named_modules() if m is head), None), fingerprint)
-    eos = model.generation_config.eos_token_id
-    ids = {eos} if isinstance(eos, int) else set(eos or ())
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    return Base(model, tokenizer, folder.name, fingerprint, quantization, where, act, layout,
-                sum(_bytes(model)), tokenizer.chat_template, frozenset(ids),
-                model.config.get_text_config().max_position_embeddings, model.config.get_text_config().vocab_size)
+        if isinstance(module, Conv1D):
+            ins, outs = module.weight.shape
+            plain = nn.Linear(ins, outs, device="meta")
+            plain.weight = nn.Parameter(module.weight.detach().T.contiguous())
+            plain.bias = module.bias
+            plain.source_cls = Conv1D  # as bitsandbytes' integration marks them
+            model.set_submodule(name, plain)
 
 
-def _bytes(model: nn.Module) -> Iterator[int]:
-    yield from (p.nbytes for p in model.parameters())
-    yield from (m.weight_bytes for m in model.modules() if isinstance(m, NF4Linear))
+def _generation_config(folder: Path, config: Any) -> GenerationConfig:
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(config)
+
+
+def _describe(
+    model: Any,
+    source: Source,
+    fingerprint: str,
+    quantization: Quantization,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Base:
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        name=source.name,
+        folder=source.folder,
+        fingerprint=fingerprint,
+        quantization=quantization,
+        device=device,
+        dtype=dtype,
+        layout=layout_of(model, fingerprint),
+        weight_bytes=sum(_tensor_bytes(model)),
+        chat_template=_default_template(tokenizer),
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        max_context_tokens=_max_context_tokens(model.config, tokenizer),
+        vocab_size=model.get_output_embeddings().out_features,
+    )
+
+
+def layout_of(model: Any, fingerprint: str) -> BaseLayout:
+    """Every linear module of a loaded base, and which of them is the output head."""
+    modules = {
+        name: ModuleShape(module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | NF4Linear)
+    }
+    output = model.get_output_embeddings()
+    head = next((name for name, module in model.named_modules() if module is output), None)
+    return BaseLayout(modules=modules, head=head, fingerprint=fingerprint)
+
+
+def _tensor_bytes(model: nn.Module) -> Iterator[int]:
+    yield from (parameter.nbytes for parameter in model.parameters())  # tied ones come once
+    yield from (buffer.nbytes for buffer in model.buffers())
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            yield module.weight_bytes
+        elif isinstance(module, Linear4bit):
+            yield _scale_bytes(module.weight.quant_state)
+
+
+def _scale_bytes(state: Any) -> int:
+    nested = state.state2.absmax.nbytes + state.state2.code.nbytes if state.nested else 0
+    return int(state.absmax.nbytes + nested)
+
+
+def _default_template(tokenizer: Any) -> str | None:
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    configured = model.generation_config.eos_token_id
+    ids = [configured] if isinstance(configured, int) else list(configured or ())
+    return frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)
+
+
+def _max_context_tokens(config: Any, tokenizer: Any) -> int:
+    positions = getattr(config, "max_position_embeddings", None)
+    limit = tokenizer.model_max_length if positions is None else positions
+    if limit > _NO_LIMIT:
+        raise UnsupportedBaseError(
+            f"{config.model_type} states no context length; add max_position_embeddings to its config.json"
+        )
+    return int(limit)

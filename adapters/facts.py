@@ -1,4 +1,4 @@
-"""What is known about an adapter once it was checked and stored. Plain values; knows neither files nor tensors."""
+"""What is known about an adapter once it was checked and stored. Plain values; no files, no tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ class AdapterFacts:
         matched_modules: every module of that base that it changes.
         delta_norm: Frobenius norm of the whole update, scaling included.
         dtype: storage type of the tensors, e.g. "F32"; several are joined with "+".
+        parameter_count: elements of all its tensors.
     """
 
     digest: str
@@ -41,6 +42,7 @@ class AdapterFacts:
     matched_modules: tuple[str, ...]
     delta_norm: float
     dtype: str
+    parameter_count: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """Opening files that a stranger put there: regular ones only, never through a link. Knows no format."""
 
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 from adapters.errors import InvalidAdapterError
 
@@ -13,7 +13,7 @@ BUNDLE_FILE = "quickchange.json"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, BUNDLE_FILE)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open for reading. A link, a pipe or a device is refused, and opening one never blocks.
 
     Raises:

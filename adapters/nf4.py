@@ -1,4 +1,4 @@
-"""Owns the serving form of an NF4 linear layer: 4-bit weights that never change. Knows no adapters, no training.
+"""Owns the serving form of an NF4 linear layer: 4-bit weights that never change. Knows no adapters.
 
 B rows of activations, D in-features, O out-features, K blocks of 64 weights.
 
@@ -12,21 +12,21 @@ PackedNF4Linear   CPU with AVX512-BF16: bitsandbytes' fused kernel, activations 
 CudaNF4Linear     CUDA: bitsandbytes' fused kernel, dequantise + GEMM for long batches
 PlainNF4Linear    everything else, and exact float32: dequantise + GEMM
 
-Measured on 2 cores of an AMD EPYC (Zen 4), one thread, milliseconds: fused kernel through the operator, fused
-kernel called directly, dequantise + float32 GEMM, dequantise + bfloat16 GEMM:
+Measured on an AMD EPYC (Zen 4), one thread, milliseconds: fused kernel through the operator, fused kernel
+called directly, dequantise + float32 GEMM, dequantise + bfloat16 GEMM:
 
-    D→O        B=1                      B=16                     B=64                     B=256
-    576→576    .060 .026 .120 .162      .128 .094 .249 .212      .38 .34 .65 .37          1.4 1.3 2.4 1.1
-    576→192    .063 .019 .053 .111      .091 .044 .119 .151      .18 .13 .24 .21          .55 .48 .83 .42
-    576→1536   .074 .042 .240 .292      .265 .226 .907 .452      1.0 .90 2.1 1.1          4.3 3.9 7.9 3.1
-    1536→576   .070 .043 .219 .278      .268 .222 1.05 .448      1.0 .90 1.9 .82          3.3 3.3 5.4 2.4
-    896→4864   .152 .128 2.22 1.51      1.01 .97 4.2 2.2         4.5 4.4 11. 4.9          18. 16. 31. 13.
+    D→O        B=1                   B=16                  B=64                B=256
+    576→576    .060 .026 .120 .162   .128 .094 .249 .212   .38 .34 .65 .37     1.4 1.3 2.4 1.1
+    576→192    .063 .019 .053 .111   .091 .044 .119 .151   .18 .13 .24 .21     .55 .48 .83 .42
+    576→1536   .074 .042 .240 .292   .265 .226 .907 .452   1.0 .90 2.1 1.1     4.3 3.9 7.9 3.1
+    1536→576   .070 .043 .219 .278   .268 .222 1.05 .448   1.0 .90 1.9 .82     3.3 3.3 5.4 2.4
+    896→4864   .152 .128 2.22 1.51   1.01 .97 4.23 2.23    4.5 4.4 11. 4.9     18. 16. 31. 13.
 
-So the operator's Python costs as much as a small product, and it is called directly. Dequantise + bfloat16 GEMM
-overtakes the kernel only past about 64 rows, by a quarter at most; it would need a second copy of all codes,
-and it would make a row depend on its batch: the fused kernel gives each row the same bits whatever its
-neighbours, the number of rows and the number of threads. One copy, one kernel. (A processor whose float32 GEMM
-outruns its bfloat16 dot products gains more from dequantising, up to twice at 128 rows; it pays the same price.)
+So the operator's Python costs as much as a small product, and the kernel is called directly. Dequantise +
+bfloat16 GEMM overtakes it only past about 64 rows, by a quarter at most; that would need a second copy of all
+codes, and would make a row depend on its batch: the fused kernel gives a row the same bits whatever its
+neighbours, the number of rows and the number of threads. One copy, one kernel. (A processor whose float32
+GEMM outruns its bfloat16 dot products would gain up to twice at 128 rows, at the same price.)
 """
 
 import ctypes
@@ -38,14 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-# bitsandbytes looks for the Hugging Face package `kernels`, finds ours of that name, and warns about a fallback
-# that is not used here.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-    lambda record: "kernels-community" not in record.getMessage()
-)
-
-from bitsandbytes import cextension, nn as bnb_nn  # noqa: E402  after the filter above
-from bitsandbytes import functional as bnb  # noqa: E402  after the filter above
+from adapters.bnb import Linear4bit, functional, lib
 
 log = logging.getLogger(__name__)
 
@@ -66,18 +59,13 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        # Tensors are plain attributes, not parameters or buffers: no .to(), .float() or optimizer reaches them.
+        # Tensors are plain attributes, not parameters or buffers: no optimizer and no cast reaches them.
         self.bias = None if bias is None else bias.detach().clone()
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of every tensor this layer keeps."""
         return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
-
-    @property
-    def weight(self) -> NoReturn:
-        """Refused: there is no weight tensor to hand out."""
-        _refuse("has no readable weight")
 
     def extra_repr(self) -> str:
         return f"{self.in_features}→{self.out_features}, bias={self.bias is not None}"
@@ -96,9 +84,9 @@ class NF4Linear(nn.Module):
 
 
 class PlainNF4Linear(NF4Linear):
-    """Dequantises the weight to the activations' type at every call, then one GEMM. Any device, shape and type."""
+    """Dequantises the weight to the activations' type at every call, then one GEMM. Any device and shape."""
 
-    def __init__(self, codes: Tensor, state: bnb.QuantState, bias: Tensor | None) -> None:
+    def __init__(self, codes: Tensor, state: functional.QuantState, bias: Tensor | None) -> None:
         super().__init__(state.shape[1], state.shape[0], bias)
         self._codes = codes.detach().clone()
         self._absmax = plain_absmax(state)
@@ -116,7 +104,7 @@ class PlainNF4Linear(NF4Linear):
 class CudaNF4Linear(NF4Linear):
     """bitsandbytes' own path for CUDA: it picks a fused kernel or dequantise + GEMM by the number of rows."""
 
-    def __init__(self, codes: Tensor, state: bnb.QuantState, bias: Tensor | None) -> None:
+    def __init__(self, codes: Tensor, state: functional.QuantState, bias: Tensor | None) -> None:
         super().__init__(state.shape[1], state.shape[0], bias)
         self._codes = codes.detach().clone().view(-1, 1)
         self._state = state
@@ -133,7 +121,8 @@ class CudaNF4Linear(NF4Linear):
     @property
     def weight_bytes(self) -> int:
         """Bytes of every tensor this layer keeps."""
-        return super().weight_bytes + sum(t.nbytes for t in self._nested.values())
+        nested = sum(tensor.nbytes for tensor in self._nested.values())
+        return super().weight_bytes + int(nested)
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, D] → […, O]."""
@@ -146,9 +135,9 @@ class CudaNF4Linear(NF4Linear):
 
 
 class PackedNF4Linear(NF4Linear):
-    """bitsandbytes' fused CPU kernel over codes packed once; bfloat16 products, each row independent of the rest."""
+    """bitsandbytes' fused CPU kernel over codes packed once; bfloat16 products, each row on its own."""
 
-    def __init__(self, codes: Tensor, state: bnb.QuantState, bias: Tensor | None) -> None:
+    def __init__(self, codes: Tensor, state: functional.QuantState, bias: Tensor | None) -> None:
         super().__init__(state.shape[1], state.shape[0], bias)
         self._packed = pack_codes(codes, self.out_features, self.in_features)
         absmax_OK = plain_absmax(state).view(self.out_features, -1)
@@ -162,6 +151,8 @@ class PackedNF4Linear(NF4Linear):
         _refuse_gradients(x)
         rows_BD = x.to(torch.bfloat16).view(-1, self.in_features) if x.is_contiguous() else self._rows(x)
         rows, outs = rows_BD.shape[0], self.out_features
+        if rows == 0:  # the kernel divides by the number of rows, and the process would die
+            return x.new_empty((*x.shape[:-1], outs))
         y_BO = torch.empty((rows, outs), dtype=torch.bfloat16)
         packed, absmax = self._pointers
         self._kernel(
@@ -176,7 +167,7 @@ class PackedNF4Linear(NF4Linear):
         return x.to(torch.bfloat16).reshape(-1, self.in_features).contiguous()
 
 
-def serving_linear(layer: bnb_nn.Linear4bit, dtype: torch.dtype, *, fused: bool) -> NF4Linear:
+def serving_linear(layer: Linear4bit, dtype: torch.dtype, *, fused: bool) -> NF4Linear:
     """The serving form of an NF4 Linear4bit, by its device and shape; the layer's weight is copied, not kept.
 
     Args:
@@ -195,22 +186,23 @@ def serving_linear(layer: bnb_nn.Linear4bit, dtype: torch.dtype, *, fused: bool)
     return form(codes, state, bias)
 
 
-def fits_fused_kernel(state: bnb.QuantState) -> bool:
+def fits_fused_kernel(state: functional.QuantState) -> bool:
     """Whether the fused CPU kernel runs here and takes this shape."""
     outs, ins = state.shape
     tiled = outs % _ROWS_PER_TILE == 0 and ins % _COLUMNS_PER_STEP == 0 and state.blocksize == 64
     return tiled and fused_kernel_works()
 
 
-def plain_absmax(state: bnb.QuantState) -> Tensor:
+def plain_absmax(state: functional.QuantState) -> Tensor:
     """The float32 scale of each block, with the second quantisation undone; never shared with `state`."""
     if not state.nested:
         absmax: Tensor = state.absmax.float().clone()
         return absmax
-    return bnb.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+    unnested: Tensor = functional.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+    return unnested
 
 
-def dequantized_weight(layer: bnb_nn.Linear4bit) -> Tensor:
+def dequantized_weight(layer: Linear4bit) -> Tensor:
     """The [O, D] weight of an NF4 Linear4bit in float32, without rounding in between."""
     state = layer.weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
@@ -224,8 +216,8 @@ def dequantized_weight(layer: bnb_nn.Linear4bit) -> Tensor:
 def pack_codes(codes: Tensor, outs: int, ins: int) -> Tensor:
     """Codes in the fused kernel's order: tiles of 32 out-features, column by column.
 
-    In `codes` a byte holds two neighbouring columns of one row, the first in the high nibble. In a tile's bytes
-    each holds one column of rows r (low nibble) and r + 16 (high nibble).
+    In `codes` a byte holds two neighbouring columns of one row, the first in the high nibble. In a tile a
+    byte holds one column of two rows, r in the low nibble and r + 16 in the high one.
     """
     tiles = codes.view(torch.uint8).view(outs // _ROWS_PER_TILE, 2, _ROWS_PER_TILE // 2, ins // 2)
     first, second = tiles >> 4, tiles & 0xF
@@ -236,24 +228,28 @@ def pack_codes(codes: Tensor, outs: int, ins: int) -> Tensor:
 @functools.cache
 def fused_kernel_works() -> bool:
     """Whether this processor has AVX512-BF16 and the kernel agrees with dequantisation on a small product."""
-    if not bnb.has_avx512bf16():
+    if not functional.has_avx512bf16():
         return False
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn((64, 128), generator=generator)
-    codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     x = torch.randn((3, 128), generator=generator)
     exact = PlainNF4Linear(codes, state, None)(x)
     error = (PackedNF4Linear(codes, state, None)(x) - exact).norm() / exact.norm()
     if error > 0.02:
-        log.warning("this bitsandbytes packs NF4 differently (error %.3f); serving without its CPU kernel", error)
+        log.warning(
+            "this bitsandbytes packs NF4 differently (error %.3f); serving without its CPU kernel", error
+        )
     return bool(error <= 0.02)
 
 
 @functools.cache
 def _fused_kernel() -> Any:
     """The C function, with argument types of its own (bitsandbytes calls the same symbol without any)."""
-    symbol = cextension.lib.gemv_4bit_inference_cpu_nf4_bf16
-    return _Kernel(ctypes.cast(symbol, ctypes.c_void_p).value)
+    symbol = lib.gemv_4bit_inference_cpu_nf4_bf16
+    address = ctypes.cast(symbol, ctypes.c_void_p).value
+    assert address is not None
+    return _Kernel(address)
 
 
 def _refuse(what: str) -> NoReturn:

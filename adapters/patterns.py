@@ -1,8 +1,8 @@
 """Regular expressions that come inside an adapter: checked, then matched within a time budget.
 
-PEFT matches them with `re`, which a hostile pattern can keep busy for ever. So only constructs that cannot explode
-while compiling are let in, with the meaning they have in `re`, and matching runs on the `regex` engine, which can
-be stopped. Knows nothing of what the patterns select.
+PEFT matches them with `re`, which a hostile pattern can keep busy for ever. So only constructs that cannot
+explode while compiling are let in, with the meaning they have in `re`, and matching runs on the `regex`
+engine, which can be stopped. Knows nothing of what the patterns select.
 """
 
 import re
@@ -17,14 +17,14 @@ from adapters.strict_json import brief
 
 MAX_PATTERN_CHARS = 2048
 MAX_REPEAT = 64
-MATCH_BUDGET_S = 2.0  # an adapter's patterns against a whole model take milliseconds
+MATCH_BUDGET_S = 5.0  # usual patterns against a whole model take milliseconds
 
 _MAX_GROUP_DEPTH = 16
 _ESCAPE = r"\\[dDwWsSbB./_^$*+?()\[\]{}|-]"
 _TOKEN = re.compile(
     rf"""
       (?P<look>   \(\?[=!] )
-    | (?P<open>   \((?:\?:)? )
+    | (?P<open>   \((?:\?:|(?!\?)) )
     | (?P<close>  \) )
     | (?P<repeat> (?: [*+?] | \{{(?P<low>\d+)(?:,(?P<high>\d*))?\}} )\?? )
     | (?P<other>  \| | [\w.^$/:,\ -] | {_ESCAPE} | \[\^?(?:[\w.,/$()*+?]|\|(?!\|)|-(?!-)|{_ESCAPE})+\] )
@@ -44,7 +44,7 @@ class MatchBudget:
         return self.match(rf"(?:{pattern})\Z", name) is not None
 
     def match(self, pattern: str, name: str) -> "regex.Match[str] | None":
-        """The match at the start of the name, as `re.match` has it; the pattern's parts were checked before."""
+        """The match at the start of the name, as `re.match` has it; the parts passed check_pattern."""
         began_s = time.thread_time()
         try:
             return _compile(pattern).match(name, timeout=self.seconds)
@@ -71,10 +71,6 @@ def check_pattern(pattern: str, source: str) -> None:
     """
     if len(pattern) > MAX_PATTERN_CHARS:
         raise _bad(pattern, source, f"it is longer than {MAX_PATTERN_CHARS} characters")
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise _bad(pattern, source, str(error)) from None
     groups = [_Group(is_lookahead=False)]
     last = None
     position = 0
@@ -84,18 +80,24 @@ def check_pattern(pattern: str, source: str) -> None:
             raise _bad(pattern, source, f"what stands at character {position} is not allowed here")
         last = _take(token, groups, last, pattern, source)
         position = token.end()
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise _bad(pattern, source, str(error)) from None
 
 
 def _take(
     token: re.Match[str], groups: list[_Group], last: _Group | str | None, pattern: str, source: str
 ) -> _Group | str:
-    """Follows one token; answers what a quantifier after it would repeat: a closed group, or a kind of token."""
+    """Follows one token; answers what a quantifier after it would repeat: a closed group, or its kind."""
     kind = str(token.lastgroup)
     if kind in ("open", "look"):
         groups.append(_Group(is_lookahead=kind == "look"))
         if len(groups) > _MAX_GROUP_DEPTH:
             raise _bad(pattern, source, f"groups nest more than {_MAX_GROUP_DEPTH} deep")
     elif kind == "close":
+        if len(groups) == 1:
+            raise _bad(pattern, source, "a closing parenthesis has no opening one")
         closed = groups.pop()
         groups[-1].repeats |= closed.repeats
         return closed
@@ -125,6 +127,6 @@ def _compile(pattern: str) -> "regex.Pattern[str]":
 
 def _bad(pattern: str, source: str, why: str) -> InvalidAdapterError:
     return InvalidAdapterError(
-        f"{source}: the pattern {brief(pattern)} is refused, {why}; simplify it or name the modules in a list",
+        f"{source}: the pattern {brief(pattern)} is refused, {why}; simplify it, or list module names",
         reason="BAD_PATTERN",
     )

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import torch
 
 from adapters.errors import AdapterError, AdapterNotFoundError, CapacityError
+from adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from adapters.layers import AdapterSlots
 from adapters.layout import BaseLayout
 from adapters.spec import parse_spec
 from adapters.store import AdapterStore
-from adapters.weights import CONFIG_FILE, WEIGHTS_FILE, load_pairs
+from adapters.weights import load_pairs
 from kernels.lora import LoraFactors
 
 log = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ class AdapterResidency:
 
     def _device_bytes(self, digest: str) -> int:
         """Upper bound of what the adapter takes on the device, known before it is read."""
-        facts = self._store.resolve(digest).facts
+        facts = self._store.facts_of(digest)
         return facts.parameter_count * self._dtype.itemsize
 
     def _make_room(self, size_bytes: int) -> bool:

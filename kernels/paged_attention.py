@@ -1,7 +1,8 @@
 """Causal attention of a flattened batch over paged keys and values, in plain torch. Knows no requests.
 
 T tokens of the batch, B decode rows, Q queries of one prefill segment, L keys, H query heads, K key/value
-heads, G query heads per key/value head, E head dimension, N token slots of the cache.
+heads, G query heads per key/value head, E head dimension, N blocks of the cache, S token slots per block,
+M blocks of one sequence.
 """
 
 from dataclasses import dataclass, field
@@ -12,17 +13,32 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionRule:
+    """How scores are made.
+
+    Attributes:
+        scale: factor of the scores, usually 1/sqrt(E).
+        window: a query at position p sees positions p - window + 1 … p (sliding window); None sees all.
+        softcap: scores become softcap·tanh(score/softcap) before the softmax (Gemma 2).
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillSegment:
     """Tokens [start, end) of the batch: a run of one sequence, at positions [offset, offset + end - start).
 
     Attributes:
-        gather_L: cache slots of the sequence's positions 0 … offset + end - start - 1.
+        blocks_M: the sequence's cache blocks up to its position offset + end - start - 1.
     """
 
     start: int
     end: int
     offset: int
-    gather_L: Tensor
+    blocks_M: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,41 +46,40 @@ class AttentionPlan:
     """Where a step's tokens write and read keys and values; made once per step, used by every layer.
 
     Attributes:
-        write_T: cache slot of each token.
+        write_T: cache slot of each token: block · S + offset in the block.
         decode_rows: the first so many tokens are one token each of different sequences.
-        decode_gather_BL: cache slots of each decode row's positions, padded with slot 0.
+        decode_blocks_BM: each decode row's cache blocks in order of position, padded with its own last one:
+            what is masked is multiplied by zero, which another sequence's infinity would survive.
         decode_lengths_B: number of valid positions per decode row, itself included.
         prefills: the remaining tokens.
     """
 
     write_T: Tensor
     decode_rows: int
-    decode_gather_BL: Tensor | None
+    decode_blocks_BM: Tensor | None
     decode_lengths_B: Tensor | None
     prefills: tuple[PrefillSegment, ...]
     _masks: dict[object, Tensor] = field(default_factory=dict)
 
-    def decode_mask(self, window: int | None) -> Tensor:
-        """True where a decode row may look; shape [B, 1, 1, L]."""
-        key = ("decode", window)
-        if key not in self._masks:
-            assert self.decode_gather_BL is not None
+    def decode_mask(self, keys: int, window: int | None) -> Tensor:
+        """True where a decode row may look; shape [B, 1, 1, L] for L = keys."""
+        if ("decode", window) not in self._masks:
             assert self.decode_lengths_B is not None
-            position_L = torch.arange(self.decode_gather_BL.shape[1], device=self.decode_gather_BL.device)
+            position_L = torch.arange(keys, device=self.decode_lengths_B.device)
             length_B1 = self.decode_lengths_B[:, None]
             mask_BL = position_L < length_B1
             if window is not None:
                 mask_BL &= position_L >= length_B1 - window
-            self._masks[key] = mask_BL[:, None, None, :]
-        return self._masks[key]
+            self._masks["decode", window] = mask_BL[:, None, None, :]
+        return self._masks["decode", window]
 
     def prefill_mask(self, segment: PrefillSegment, window: int | None) -> Tensor:
         """True where a query of the segment may look; shape [Q, L]."""
         key = (segment.start, window)
         if key not in self._masks:
-            device = segment.gather_L.device
-            query_Q1 = torch.arange(segment.end - segment.start, device=device)[:, None] + segment.offset
-            key_L = torch.arange(segment.gather_L.shape[0], device=device)
+            queries, device = segment.end - segment.start, segment.blocks_M.device
+            query_Q1 = torch.arange(queries, device=device)[:, None] + segment.offset
+            key_L = torch.arange(segment.offset + queries, device=device)
             mask_QL = key_L <= query_Q1
             if window is not None:
                 mask_QL &= key_L > query_Q1 - window
@@ -72,95 +87,74 @@ class AttentionPlan:
         return self._masks[key]
 
 
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """Keys and values of one layer."""
+
+    k_NSKE: Tensor
+    v_NSKE: Tensor
+
+    def write(self, slot_T: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> None:
+        """Stores each token's key and value in its slot."""
+        for cache_NSKE, new_TKE in ((self.k_NSKE, k_TKE), (self.v_NSKE, v_TKE)):
+            slots = cache_NSKE.view(-1, *cache_NSKE.shape[2:])
+            slots.index_copy_(0, slot_T, new_TKE.to(cache_NSKE.dtype))
+
+    def read(self, blocks_BM: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of some sequences, [B, K, M·S, E] each; copies whole blocks, not single slots."""
+        return _gathered(self.k_NSKE, blocks_BM), _gathered(self.v_NSKE, blocks_BM)
+
+
+def _gathered(cache_NSKE: Tensor, blocks_BM: Tensor) -> Tensor:
+    rows, blocks = blocks_BM.shape
+    _, slots, heads_kv, width = cache_NSKE.shape
+    gathered = cache_NSKE.index_select(0, blocks_BM.reshape(-1))
+    return gathered.view(rows, blocks * slots, heads_kv, width).transpose(1, 2)
+
+
 def paged_attention(
-    q_THE: Tensor,
-    k_TKE: Tensor,
-    v_TKE: Tensor,
-    k_cache_NKE: Tensor,
-    v_cache_NKE: Tensor,
-    plan: AttentionPlan,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, cache: LayerCache, plan: AttentionPlan, rule: AttentionRule
 ) -> Tensor:
     """Writes the step's keys and values, then lets every token attend to its own sequence's past and itself.
-
-    Args:
-        scale: factor of the scores, usually 1/sqrt(E).
-        window: a query at position p sees positions p - window + 1 … p (sliding window); None sees all.
-        softcap: scores become softcap·tanh(score/softcap) before the softmax (Gemma 2).
 
     Returns:
         [T, H, E] in the type of q.
     """
-    k_cache_NKE.index_copy_(0, plan.write_T, k_TKE.to(k_cache_NKE.dtype))
-    v_cache_NKE.index_copy_(0, plan.write_T, v_TKE.to(v_cache_NKE.dtype))
-    out_THE = torch.empty_like(q_THE)
-    rows = plan.decode_rows
-    if rows:
-        out_THE[:rows] = _decode(q_THE[:rows], k_cache_NKE, v_cache_NKE, plan, scale, window, softcap)
-    for segment in plan.prefills:
-        out_THE[segment.start : segment.end] = _prefill(
-            q_THE[segment.start : segment.end],
-            k_cache_NKE,
-            v_cache_NKE,
-            plan,
-            segment,
-            scale,
-            window,
-            softcap,
-        )
-    return out_THE
+    cache.write(plan.write_T, k_TKE, v_TKE)
+    parts = [_decode(q_THE[: plan.decode_rows], cache, plan, rule)] if plan.decode_rows else []
+    parts += [_prefill(q_THE[s.start : s.end], cache, plan, s, rule) for s in plan.prefills]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _decode(
-    q_BHE: Tensor,
-    k_cache_NKE: Tensor,
-    v_cache_NKE: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    assert plan.decode_gather_BL is not None
-    rows, length = plan.decode_gather_BL.shape
-    heads_kv, width = k_cache_NKE.shape[1:]
-    index = plan.decode_gather_BL.reshape(-1)
-    k_BKLE = k_cache_NKE.index_select(0, index).view(rows, length, heads_kv, width).transpose(1, 2)
-    v_BKLE = v_cache_NKE.index_select(0, index).view(rows, length, heads_kv, width).transpose(1, 2)
+def _decode(q_BHE: Tensor, cache: LayerCache, plan: AttentionPlan, rule: AttentionRule) -> Tensor:
+    assert plan.decode_blocks_BM is not None
+    k_BKLE, v_BKLE = cache.read(plan.decode_blocks_BM)
+    rows, heads, width = q_BHE.shape
     # The query heads that share a key head stand in for a query length: no key is copied per head.
-    q_BKGE = q_BHE.view(rows, heads_kv, -1, width)
-    out_BKGE = attend(q_BKGE, k_BKLE, v_BKLE, plan.decode_mask(window), scale, softcap)
-    return out_BKGE.reshape(rows, -1, width)
+    q_BKGE = q_BHE.reshape(rows, k_BKLE.shape[1], -1, width)
+    out_BKGE = attend(q_BKGE, k_BKLE, v_BKLE, plan.decode_mask(k_BKLE.shape[2], rule.window), rule)
+    return out_BKGE.reshape(rows, heads, -1)
 
 
 def _prefill(
-    q_QHE: Tensor,
-    k_cache_NKE: Tensor,
-    v_cache_NKE: Tensor,
-    plan: AttentionPlan,
-    segment: PrefillSegment,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    q_QHE: Tensor, cache: LayerCache, plan: AttentionPlan, segment: PrefillSegment, rule: AttentionRule
 ) -> Tensor:
-    groups = q_QHE.shape[1] // k_cache_NKE.shape[1]
-    k_HLE = k_cache_NKE.index_select(0, segment.gather_L).transpose(0, 1).repeat_interleave(groups, dim=0)
-    v_HLE = v_cache_NKE.index_select(0, segment.gather_L).transpose(0, 1).repeat_interleave(groups, dim=0)
-    mask_QL = plan.prefill_mask(segment, window)
-    out_HQE = attend(q_QHE.transpose(0, 1)[None], k_HLE[None], v_HLE[None], mask_QL, scale, softcap)[0]
-    return out_HQE.transpose(0, 1)
+    mask_QL = plan.prefill_mask(segment, rule.window)
+    groups = q_QHE.shape[1] // cache.k_NSKE.shape[2]
+    k_BHLE, v_BHLE = (
+        x_BKLE[:, :, : mask_QL.shape[1]].repeat_interleave(groups, dim=1)
+        for x_BKLE in cache.read(segment.blocks_M[None])
+    )
+    out_BHQE = attend(q_QHE.transpose(0, 1)[None], k_BHLE, v_BHLE, mask_QL, rule)
+    return out_BHQE[0].transpose(0, 1)
 
 
-def attend(
-    q_BHQE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, mask: Tensor, scale: float, softcap: float | None
-) -> Tensor:
-    """softmax(softcap(scale · q kᵀ) where mask) v, for a mask that broadcasts to [B, H, Q, L]."""
+def attend(q_BHQE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, mask: Tensor, rule: AttentionRule) -> Tensor:
+    """softmax(scores where mask) v, for a mask that broadcasts to [B, H, Q, L] and knows the window."""
     k_BHLE, v_BHLE = k_BHLE.to(q_BHQE.dtype), v_BHLE.to(q_BHQE.dtype)
-    if softcap is None:
-        return F.scaled_dot_product_attention(q_BHQE, k_BHLE, v_BHLE, attn_mask=mask, scale=scale)
-    scores = torch.matmul(q_BHQE, k_BHLE.transpose(-1, -2)) * scale
-    scores = softcap * torch.tanh(scores / softcap)
+    if rule.softcap is None:
+        return F.scaled_dot_product_attention(q_BHQE, k_BHLE, v_BHLE, attn_mask=mask, scale=rule.scale)
+    scores = torch.matmul(q_BHQE, k_BHLE.transpose(-1, -2)) * rule.scale
+    scores = rule.softcap * torch.tanh(scores / rule.softcap)
     weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1, dtype=torch.float32)
     return torch.matmul(weights.to(q_BHQE.dtype), v_BHLE)

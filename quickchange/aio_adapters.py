@@ -2,15 +2,16 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from quickchange import answers, requests
+from quickchange.adapter_client import AdapterClient
 from quickchange.aio_calls import AsyncCalls
+from quickchange.calls import Calls
 from quickchange.download import Download
-from quickchange.progress import Progress, Report, reporting
+from quickchange.progress import Progress, reporting
 from quickchange.types import Adapter, AdapterState, PullResult, UploadResult
-from quickchange.upload import UploadPlan
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 
 
@@ -47,18 +48,23 @@ class AsyncAdapterClient:
             validate_only: runs every check and publishes nothing.
             progress: True for a bar on standard error, or a function of bytes sent and bytes in all.
         """
-        plan = await asyncio.to_thread(UploadPlan.of, Path(directory))
-        header = plan.header(
-            name, version=version, labels=labels, description=description, validate_only=validate_only
-        )
-        with reporting(progress, f"push {name}") as report:
-            response = await self._calls.client_stream(
-                self._stub.UploadAdapter,
-                lambda: _sending(plan, header, report),
-                # The same content is the same version, so sending all of it again does no harm.
-                self._calls.endpoint.attempts(repeatable=True, timeout_s=timeout_s),
+        # grpc.aio replaces a status that comes before all is sent by one of its own ("Internal error from
+        # Core"), and hashing needs a thread anyway: so the blocking client does it.
+        calls = Calls(self._calls.endpoint)
+        try:
+            return await asyncio.to_thread(
+                AdapterClient(calls).push,
+                directory,
+                name,
+                version=version,
+                labels=labels,
+                description=description,
+                validate_only=validate_only,
+                progress=_on_this_loop(progress),
+                timeout_s=timeout_s,
             )
-        return answers.upload_result(response)
+        finally:
+            calls.close()  # ends the thread if this task was cancelled
 
     async def pull(
         self,
@@ -171,12 +177,8 @@ class AsyncAdapterClient:
         return answers.adapter(response.adapter)
 
 
-async def _sending(
-    plan: UploadPlan, header: adapters_pb2.UploadHeader, report: Report
-) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
-    sent_bytes = 0
-    messages = plan.messages(header)
-    while (message := await asyncio.to_thread(next, messages, None)) is not None:
-        yield message
-        sent_bytes += len(message.chunk.data)
-        report(sent_bytes, plan.size_bytes)
+def _on_this_loop(progress: Progress) -> Progress:
+    """The same, to be called from another thread."""
+    if isinstance(progress, bool):
+        return progress
+    return partial(asyncio.get_running_loop().call_soon_threadsafe, progress)

@@ -53,24 +53,6 @@ class AsyncCalls:
 
         return await _repeated(once, attempts or self.endpoint.attempts(repeatable=True))
 
-    async def client_stream(
-        self,
-        method: "grpc.aio.StreamUnaryMultiCallable[RequestT, ResponseT]",
-        requests: Callable[[], AsyncIterator[RequestT]],
-        attempts: Attempts,
-    ) -> ResponseT:
-        """Sends what `requests` makes, anew at each attempt; an answer may come before all is sent."""
-
-        async def once(timeout_s: float | None) -> ResponseT:
-            source = _Source(requests())
-            try:
-                with translated():
-                    return await method(source, timeout=timeout_s, metadata=self.endpoint.metadata)
-            finally:
-                source.raise_error()
-
-        return await _repeated(once, attempts)
-
     def server_stream(
         self,
         method: "grpc.aio.UnaryStreamMultiCallable[RequestT, ResponseT]",
@@ -139,28 +121,3 @@ async def _repeated(once: Callable[[float | None], Awaitable[ResponseT]], attemp
             return await once(attempts.remaining_s())
         except QuickchangeError as error:
             await asyncio.sleep(attempts.delay_s(error))
-
-
-class _Source(Generic[RequestT]):
-    """An iterator whose own failure is kept: gRPC would only report that the call was cancelled."""
-
-    def __init__(self, items: AsyncIterator[RequestT]) -> None:
-        self._items = items
-        self._error: Exception | None = None
-
-    def __aiter__(self) -> AsyncIterator[RequestT]:
-        return self
-
-    async def __anext__(self) -> RequestT:
-        try:
-            return await anext(self._items)
-        except StopAsyncIteration:
-            raise
-        except Exception as error:
-            self._error = error
-            raise StopAsyncIteration from None  # ends the call; `raise_error` then says why
-
-    def raise_error(self) -> None:
-        """Raises what iterating raised, if it did."""
-        if self._error is not None:
-            raise self._error

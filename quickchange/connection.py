@@ -32,7 +32,6 @@ _OPTIONS = (
     # Our own retries decide when to ask again; gRPC's 1 s to 120 s would make them miss a server's return.
     ("grpc.initial_reconnect_backoff_ms", int(FIRST_DELAY_S * 1000)),
     ("grpc.max_reconnect_backoff_ms", int(LONGEST_DELAY_S * 1000)),
-    ("grpc.enable_retries", 0),
 )
 
 

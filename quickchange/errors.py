@@ -21,7 +21,7 @@ QuickchangeError
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar, cast
 
@@ -222,7 +222,7 @@ class _Details:
     """What google.rpc details say; anything absent keeps its empty value."""
 
     reason: str = ""
-    metadata: Mapping[str, str] = MappingProxyType({})
+    metadata: Mapping[str, str] = field(default_factory=dict)
     field_violations: tuple[FieldViolation, ...] = ()
     retry_after_s: float | None = None
 

@@ -120,7 +120,7 @@ def _require_adapter(directory: Path) -> None:
     if missing == [WEIGHTS_FILE] and (directory / PICKLE_FILE).is_file():
         raise AdapterDirectoryError(
             f"{directory} has no {WEIGHTS_FILE} but {PICKLE_FILE}, a pickle that can run code; "
-            "if you trust it, convert it: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)",
+            "if you trust it: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)",
             reason="PICKLE_WEIGHTS",
         )
     raise AdapterDirectoryError(

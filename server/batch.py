@@ -1,6 +1,7 @@
 """One step's work: which tokens of which sequences. Knows neither torch nor grpc."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from server.sequence import Sequence
 
@@ -47,7 +48,7 @@ class Batch:
         return len({row.sequence.slot for row in self.rows}) > 1
 
     @property
-    def phase(self) -> str:
+    def phase(self) -> Literal["prefill", "decode", "mixed"]:
         """ "prefill", "decode" or "mixed"."""
         decodes = sum(row.sequence.output_length > 0 for row in self.rows)
         if decodes == len(self.rows):

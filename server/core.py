@@ -203,6 +203,8 @@ class EngineCore:
 
     def _retire(self, generation: Generation, reason: str, code: str) -> None:
         sequence, request = generation.sequence, generation.request
+        if code != "OK":  # it may have written anything, seen or not
+            self._runner.scrub(sequence.blocks)
         self.scheduler.finish(sequence)
         del self._generations[sequence]
         self.counters.count_request()

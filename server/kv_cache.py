@@ -1,6 +1,6 @@
 """Key and value tensors of every layer, and the attention that models call. Knows no requests.
 
-N token slots, K key/value heads, H query heads, E head dimension, T tokens of the batch.
+K key/value heads, H query heads, E head dimension, T tokens of the batch.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from adapters.errors import UnsupportedBaseError
-from kernels.paged_attention import AttentionPlan, attend, paged_attention
+from kernels.paged_attention import AttentionPlan, AttentionRule, LayerCache, attend, paged_attention
 
 ATTENTION_NAME = "quickchange_paged"
 
@@ -33,7 +33,7 @@ class PagedStep:
     """What an attention layer needs of the current step; travels through the model as keyword `paged`."""
 
     plan: AttentionPlan
-    caches: dict[int, tuple[Tensor, Tensor]]
+    caches: dict[int, LayerCache]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +44,23 @@ class ShapeProbe:
 
 
 class KVCache:
-    """Keys and values of every layer: two tensors [N, K, E], indexed by block · block_tokens + offset."""
+    """Keys and values of every layer, in blocks of so many token slots."""
 
     def __init__(
-        self, shapes: dict[int, LayerShape], token_slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        shapes: dict[int, LayerShape],
+        block_count: int,
+        block_tokens: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
+        def zeros(heads: int, width: int) -> Tensor:
+            return torch.zeros(block_count, block_tokens, heads, width, dtype=dtype, device=device)
+
         self.layers = {
-            index: (
-                torch.zeros(token_slots, shape.kv_heads, shape.key_width, dtype=dtype, device=device),
-                torch.zeros(token_slots, shape.kv_heads, shape.value_width, dtype=dtype, device=device),
+            index: LayerCache(
+                zeros(shape.kv_heads, shape.key_width), zeros(shape.kv_heads, shape.value_width)
             )
             for index, shape in shapes.items()
         }
@@ -112,27 +120,16 @@ def _paged_forward(
 ) -> tuple[Tensor, None]:
     """As transformers calls it: query [1, H, T, E], key and value [1, K, T, E]; returns [1, T, H, E]."""
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # set by every transformers attention
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    rule = AttentionRule(scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
     if isinstance(paged, ShapeProbe):
         paged.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        return _probe_attention(query, key, value, scale), None
-    k_cache, v_cache = paged.caches[layer]
-    out_THE = paged_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        k_cache,
-        v_cache,
-        paged.plan,
-        scale=scale,
-        window=sliding_window,
-        softcap=softcap,
-    )
-    return out_THE[None], None
+        return _probe_attention(query, key, value, rule), None
+    q_THE, k_TKE, v_TKE = (x[0].transpose(0, 1) for x in (query, key, value))
+    return paged_attention(q_THE, k_TKE, v_TKE, paged.caches[layer], paged.plan, rule)[None], None
 
 
-def _probe_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _probe_attention(query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     keys, values = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    return attend(query, keys, values, mask, scale, None).transpose(1, 2)
+    return attend(query, keys, values, mask, rule).transpose(1, 2)

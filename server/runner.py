@@ -1,6 +1,6 @@
 """Turns a Batch into tensors and logits. Knows neither queues nor grpc.
 
-T tokens of the batch, S rows that need logits, V vocabulary, B decode rows, L key positions.
+T tokens of the batch, S rows that need logits, V vocabulary.
 """
 
 from collections.abc import Iterable
@@ -39,7 +39,9 @@ class ModelRunner:
     def allocate_cache(self, block_count: int, block_tokens: int) -> None:
         """Makes room for so many blocks of keys and values."""
         self._block_tokens = block_tokens
-        self._cache = KVCache(self.layer_shapes, block_count * block_tokens, self.dtype, self._device)
+        self._cache = KVCache(
+            self.layer_shapes, block_count, block_tokens, dtype=self.dtype, device=self._device
+        )
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
@@ -60,22 +62,39 @@ class ModelRunner:
         logits_SV: Tensor = output.logits[0].float()
         return logits_SV
 
+    def scrub(self, blocks: list[int]) -> None:
+        """Zeroes blocks that may hold values that are not finite: masking alone does not keep those out."""
+        if blocks:
+            index = self._tensor(blocks)
+            for layer in self._cache.layers.values():
+                layer.k_NSKE.index_fill_(0, index, 0.0)
+                layer.v_NSKE.index_fill_(0, index, 0.0)
+
     def _plan(self, batch: Batch) -> AttentionPlan:
-        slots = [_cache_slots(row, self._block_tokens) for row in batch.rows]
-        write = [slot for row, owned in zip(batch.rows, slots, strict=True) for slot in owned[row.start :]]
-        decode_rows = sum(row.is_decode for row in batch.rows)
-        prefills, start = [], decode_rows
-        for row, owned in zip(batch.rows[decode_rows:], slots[decode_rows:], strict=True):
-            prefills.append(PrefillSegment(start, start + row.count, row.start, self._tensor(owned)))
+        decodes = [row for row in batch.rows if row.is_decode]
+        prefills, start = [], len(decodes)
+        for row in batch.rows[start:]:
+            blocks = self._tensor(self._blocks_of(row))
+            prefills.append(PrefillSegment(start, start + row.count, row.start, blocks))
             start += row.count
-        lengths = [len(owned) for owned in slots[:decode_rows]]
+        tables = _padded([self._blocks_of(row) for row in decodes])
         return AttentionPlan(
-            write_T=self._tensor(write),
-            decode_rows=decode_rows,
-            decode_gather_BL=self._tensor(_padded(slots[:decode_rows])) if decode_rows else None,
-            decode_lengths_B=self._tensor(lengths) if decode_rows else None,
+            write_T=self._tensor([slot for row in batch.rows for slot in self._slots_of(row)]),
+            decode_rows=len(decodes),
+            decode_blocks_BM=self._tensor(tables) if decodes else None,
+            decode_lengths_B=self._tensor([row.start + 1 for row in decodes]) if decodes else None,
             prefills=tuple(prefills),
         )
+
+    def _blocks_of(self, row: Row) -> list[int]:
+        """Cache blocks of positions 0 … row.start + row.count - 1."""
+        return row.sequence.blocks[: -(-(row.start + row.count) // self._block_tokens)]
+
+    def _slots_of(self, row: Row) -> list[int]:
+        """Cache slots of the row's own positions."""
+        size, blocks = self._block_tokens, row.sequence.blocks
+        positions = range(row.start, row.start + row.count)
+        return [blocks[position // size] * size + position % size for position in positions]
 
     def _tensor(self, values: Items[int] | Items[Items[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long).to(self._device, non_blocking=True)
@@ -108,15 +127,6 @@ def _segments(slot_counts: Iterable[tuple[int, int]]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def _cache_slots(row: Row, block_tokens: int) -> list[int]:
-    """Cache slots of positions 0 … row.start + row.count - 1."""
-    end = row.start + row.count
-    slots: list[int] = []
-    for block in row.sequence.blocks[: -(-end // block_tokens)]:
-        slots.extend(range(block * block_tokens, (block + 1) * block_tokens))
-    return slots[:end]
-
-
 def _padded(rows: list[list[int]]) -> list[list[int]]:
-    width = max(map(len, rows))
-    return [row + [0] * (width - len(row)) for row in rows]
+    width = max(map(len, rows), default=0)
+    return [row + row[-1:] * (width - len(row)) for row in rows]

@@ -1,7 +1,7 @@
 """Messages of the wire to our own values and back. Does no work and keeps no state."""
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
@@ -79,9 +79,7 @@ def sampling_of(request: inference_pb2.GenerateRequest, room_tokens: int) -> Sam
         InvalidRequestError: a value is out of its range.
     """
     sampling, stopping, output = request.sampling, request.stopping, request.output
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    names += ("presence_penalty", "frequency_penalty", "seed")
-    given = {name: getattr(sampling, name) for name in names if sampling.HasField(name)}
+    given = {descriptor.name: value for descriptor, value in sampling.ListFields() if descriptor.name != "n"}
     default = {"max_new_tokens": max(1, min(DEFAULT_MAX_NEW_TOKENS, room_tokens))}
     return SamplingParams(
         **(default | given),
@@ -125,7 +123,7 @@ def finished(event: Finished) -> inference_pb2.Finished:
     )
 
 
-def finish_reason(event: Finished) -> inference_pb2.FinishReason:
+def finish_reason(event: Finished) -> "inference_pb2.FinishReason.ValueType":
     return _FINISH_REASONS[event.reason]
 
 
@@ -165,28 +163,41 @@ def adapter(record: AdapterRecord, residency: str) -> adapters_pb2.Adapter:
     Args:
         residency: "disk", "host" or "device".
     """
-    facts = record.facts
-    return adapters_pb2.Adapter(
+    message = adapters_pb2.Adapter(
         name=record.name,
         version=record.version,
-        digest=facts.digest,
         etag=record.etag,
-        state=adapters_pb2.AdapterState.Value(f"ADAPTER_STATE_{record.state.upper()}"),
+        state=adapters_pb2.AdapterState.Value(f"ADAPTER_STATE_{record.state.name}"),
         residency=adapters_pb2.Residency.Value(f"RESIDENCY_{residency.upper()}"),
         pinned=record.pinned,
-        rank=facts.rank,
-        alpha=facts.alpha,
-        target_modules=facts.target_modules,
-        method=adapters_pb2.AdapterMethod.Value(f"ADAPTER_METHOD_{facts.method.upper()}"),
-        size_bytes=facts.size_bytes,
-        base_fingerprint=facts.base_fingerprint,
         aliases=record.aliases,
         labels=record.labels,
         description=record.description,
         create_time=_timestamp(record.created_s),
         update_time=_timestamp(record.updated_s),
-        error=record.error or "",
+        error=record.error,
     )
+    _set_facts(message, record.facts)
+    return message
+
+
+def _set_facts(message: adapters_pb2.Adapter, facts: AdapterFacts) -> None:
+    message.digest = facts.digest
+    message.rank = facts.rank
+    message.alpha = facts.alpha
+    message.target_modules.extend(facts.target_modules)
+    message.method = adapters_pb2.AdapterMethod.Value(f"ADAPTER_METHOD_{facts.method.upper()}")
+    message.size_bytes = facts.size_bytes
+    message.base_fingerprint = facts.base_fingerprint
+
+
+def validated(
+    name: str, labels: Mapping[str, str], description: str, facts: AdapterFacts
+) -> adapters_pb2.Adapter:
+    """What an upload would have become: no version, no state, nowhere."""
+    message = adapters_pb2.Adapter(name=name, labels=labels, description=description)
+    _set_facts(message, facts)
+    return message
 
 
 def report(facts: AdapterFacts) -> adapters_pb2.ValidationReport:

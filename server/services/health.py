@@ -22,12 +22,19 @@ class HealthService(health_pb2_grpc.HealthServicer):
     def __init__(self, services: Iterable[str]) -> None:
         self._services = frozenset(services) | {""}
         self._serving = False
+        self._closed = False
         self._changed = asyncio.Condition()
 
     async def set_serving(self, serving: bool) -> None:
         """Tells everybody who asks, and everybody who watches."""
         async with self._changed:
             self._serving = serving
+            self._changed.notify_all()
+
+    async def close(self) -> None:
+        """Ends every watch, so that none holds up the shutdown."""
+        async with self._changed:
+            self._closed = True
             self._changed.notify_all()
 
     async def Check(
@@ -38,11 +45,11 @@ class HealthService(health_pb2_grpc.HealthServicer):
         return self._answer(request.service)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
-        while True:
+        while not self._closed:
             answer = self._answer(request.service)
             await context.write(answer)
             async with self._changed:
-                while self._answer(request.service) == answer:
+                while self._answer(request.service) == answer and not self._closed:
                     await self._changed.wait()
 
     def _answer(self, service: str) -> health_pb2.HealthCheckResponse:

@@ -1,4 +1,4 @@
-"""One upload: the header's checks, then chunks to a staging folder. Knows neither gRPC calls nor what an adapter is.
+"""One upload: the header's checks, then chunks to a staging folder. Knows neither calls nor adapters.
 
 Memory does not grow with the upload: each chunk is checked, hashed and written before the next one is read.
 """
@@ -6,24 +6,28 @@ Memory does not grow with the upload: each chunk is checked, hashed and written 
 import errno
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 import google_crc32c
 
+from adapters.bundle import MAX_BUNDLE_BYTES
 from adapters.errors import AdapterCorruptError, CapacityError, UploadOffsetError
 from adapters.files import BUNDLE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from adapters.spec import MAX_CONFIG_BYTES
 from quickchange.v1 import adapters_pb2
 from server.config import MIB
 from server.errors import DeadlineError, InvalidRequestError, QueueFullError
 
 MAX_CHUNK_BYTES: Final = MIB
-MAX_JSON_BYTES: Final = MIB
 
 _REQUIRED_FILES: Final = (CONFIG_FILE, WEIGHTS_FILE)
 _ALLOWED_FILES: Final = (*_REQUIRED_FILES, BUNDLE_FILE)
+_JSON_LIMITS: Final = {CONFIG_FILE: MAX_CONFIG_BYTES, BUNDLE_FILE: MAX_BUNDLE_BYTES}
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 
@@ -104,9 +108,10 @@ def _declared(file: adapters_pb2.UploadFile, index: int) -> DeclaredFile:
         )
     if file.size_bytes == 0:
         raise InvalidRequestError(f"{where}.size_bytes", "is 0, must be the size of the file")
-    if file.name != WEIGHTS_FILE and file.size_bytes > MAX_JSON_BYTES:
+    limit = _JSON_LIMITS.get(file.name)
+    if limit is not None and file.size_bytes > limit:
         raise InvalidRequestError(
-            f"{where}.size_bytes", f"is {file.size_bytes}, {file.name} may have {MAX_JSON_BYTES}"
+            f"{where}.size_bytes", f"is {file.size_bytes}, {file.name} may have at most {limit}"
         )
     if not _SHA256.fullmatch(file.sha256):
         raise InvalidRequestError(f"{where}.sha256", "must be 64 lower-case hexadecimal digits")
@@ -116,25 +121,26 @@ def _declared(file: adapters_pb2.UploadFile, index: int) -> DeclaredFile:
 @dataclass(slots=True)
 class _OpenFile:
     declared: DeclaredFile
-    sink: BinaryIO
+    sink: FileIO
     written: int = 0
     digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
 
 
 class StagedUpload:
-    """The files of one upload on their way to disk. Every method blocks; use it as a context manager, in one thread
-    at a time.
-    """
+    """The files of one upload on their way to disk. Every method blocks; one thread at a time."""
 
     def __init__(self, folder: Path, plan: UploadPlan) -> None:
         """
         Args:
-            folder: an empty one of our own; its removal is the caller's.
+            folder: an empty one; its removal is the caller's.
+
+        Raises:
+            CapacityError: the disk is full.
         """
-        self._files: list[_OpenFile] = []
-        self._folder = folder
-        for declared in plan.files:
-            self._files.append(_OpenFile(declared, (folder / declared.name).open("xb")))
+        with disk_errors():
+            self._files = [
+                _OpenFile(item, (folder / item.name).open("xb", buffering=0)) for item in plan.files
+            ]
 
     def write(self, chunk: adapters_pb2.UploadChunk) -> None:
         """Checks a chunk and appends it to its file.
@@ -145,12 +151,10 @@ class StagedUpload:
         file = self._file_of(chunk)
         if google_crc32c.value(chunk.data) != chunk.crc32c:
             raise AdapterCorruptError(
-                f"chunk at {chunk.write_offset} of {file.declared.name} does not have its crc32c; send it again"
+                f"chunk of {file.declared.name} at {chunk.write_offset}: crc32c does not match; send it again"
             )
-        try:
-            file.sink.write(chunk.data)
-        except OSError as error:
-            raise _disk_error(error) from error
+        with disk_errors():
+            _write_all(file.sink, chunk.data)
         file.digest.update(chunk.data)
         file.written += len(chunk.data)
 
@@ -160,23 +164,22 @@ class StagedUpload:
         Raises:
             InvalidRequestError, AdapterCorruptError, CapacityError
         """
-        self.close()
         for file in self._files:
+            with disk_errors():
+                file.sink.close()
             declared = file.declared
             if file.written != declared.size_bytes:
                 raise InvalidRequestError(
                     "chunk", f"{declared.name} ended after {file.written} of {declared.size_bytes} bytes"
                 )
             if file.digest.hexdigest() != declared.sha256:
-                raise AdapterCorruptError(f"{declared.name} does not have its sha256; send it again")
+                raise AdapterCorruptError(f"{declared.name}: sha256 does not match; send it again")
 
-    def close(self) -> None:
-        """Closes the files; harmless to repeat."""
+    def abandon(self) -> None:
+        """Closes the files, whose bytes nobody wants any more; harmless to repeat, or after `finish`."""
         for file in self._files:
-            try:
+            with suppress(OSError):
                 file.sink.close()
-            except OSError as error:
-                raise _disk_error(error) from error
 
     def _file_of(self, chunk: adapters_pb2.UploadChunk) -> _OpenFile:
         if chunk.file_index >= len(self._files):
@@ -188,22 +191,30 @@ class StagedUpload:
                 "chunk.data", f"has {len(chunk.data)} bytes, must have 1 to {MAX_CHUNK_BYTES}"
             )
         file = self._files[chunk.file_index]
+        name, size_bytes = file.declared.name, file.declared.size_bytes
         if chunk.write_offset != file.written:
             raise UploadOffsetError(
-                f"chunk of {file.declared.name} is for {chunk.write_offset}, the file stands at {file.written}"
+                f"chunk of {name} is for offset {chunk.write_offset}, the file stands at {file.written}"
             )
-        if file.written + len(chunk.data) > file.declared.size_bytes:
-            raise InvalidRequestError(
-                "chunk.data",
-                f"goes past the {file.declared.size_bytes} bytes declared for {file.declared.name}",
-            )
+        if file.written + len(chunk.data) > size_bytes:
+            raise InvalidRequestError("chunk.data", f"goes past the {size_bytes} bytes declared for {name}")
         return file
 
 
-def _disk_error(error: OSError) -> Exception:
-    """The error that the caller should see; anything but a full disk is ours to look into."""
-    if error.errno in _NO_SPACE:
-        return CapacityError(
+def _write_all(sink: FileIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[sink.write(rest) :]
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Tells a full disk from what is ours to look into."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise CapacityError(
             "the store's disk is full; delete adapters or give it more room", reason="DISK_FULL"
-        )
-    return error
+        ) from error

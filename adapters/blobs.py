@@ -1,0 +1,242 @@
+"""Adapter files on disk, by content: staged, sealed, moved into place whole, checked, taken out. Knows no names.
+
+root/blobs/sha256/<64 hex>/   published files, never changed
+root/staging/<session>/…      what a living process is receiving or throwing away
+root/staging/<session>.lock   held while that process lives; staging of the dead is swept at the next start
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from adapters.errors import (
+    AdapterCorruptError,
+    AdapterError,
+    AdapterNotFoundError,
+    CapacityError,
+    InvalidAdapterError,
+)
+from adapters.facts import StoredFile
+from adapters.files import ADAPTER_FILES, open_regular
+from adapters.names import check_digest
+from adapters.strict_json import brief
+
+_HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
+_SESSION = re.compile(r"[0-9a-f]{32}")
+_LOCK_SUFFIX = ".lock"
+_CHUNK_BYTES = 1024 * 1024
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+class BlobFolder:
+    """The files of a store. Publishing and taking out are serialised by the caller; the rest is thread-safe."""
+
+    def __init__(self, root: Path) -> None:
+        """Makes the folders where they are missing and removes what dead processes left in staging."""
+        self._blobs = root / "blobs" / "sha256"
+        self._staging = root / "staging"
+        for folder in (root / "blobs", self._blobs, self._staging):
+            _make_folder(folder)
+        self._session, self._lock = self._begin_session()
+        self._sweep()
+
+    def close(self) -> None:
+        """Ends the session; everything this process staged is removed."""
+        _remove(self._session)
+        self._lock_path(self._session.name).unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def new_staging(self) -> Path:
+        """An empty folder of this process, for files that are not published yet."""
+        with disk_errors():
+            return Path(tempfile.mkdtemp(dir=self._session))
+
+    def discard(self, staged: Path) -> None:
+        """Removes a staging folder; nothing happens if it is gone already."""
+        self._check_staged(staged)
+        _remove(staged)
+
+    def seal(self, staged: Path) -> tuple[StoredFile, ...]:
+        """Makes the files read-only and durable, and answers what they are."""
+        self._check_staged(staged)
+        with disk_errors():
+            files = tuple(_seal_file(staged / name) for name in sorted(os.listdir(staged)))
+            _sync_folder(staged)
+        return files
+
+    def install(self, staged: Path, digest: str) -> None:
+        """Moves a sealed folder into place, whole or not at all; what was there before is taken out."""
+        self._check_staged(staged)
+        with disk_errors():
+            self.take_out(digest)
+            staged.rename(self._place(digest))
+            _sync_folder(self._blobs)
+
+    def take_out(self, digest: str) -> None:
+        """Moves a blob out of sight, whole or not at all; `empty_trash` removes it."""
+        place = self._place(digest)
+        if place.is_symlink():
+            place.unlink()
+        elif place.exists():
+            place.rename(self._session / f"trash-{secrets.token_hex(8)}")
+            _sync_folder(self._blobs)
+
+    def empty_trash(self) -> None:
+        """Removes what was taken out by this process."""
+        for trash in self._session.glob("trash-*"):
+            _remove(trash)
+
+    def path_of(self, digest: str) -> Path:
+        """The folder of a published blob; AdapterNotFoundError if there is none."""
+        place = self._place(digest)
+        if place.is_symlink() or not place.is_dir():
+            raise AdapterNotFoundError(f"the files of {digest} are not in the store")
+        return place
+
+    def digests(self) -> list[str]:
+        """Every blob there is, published or left over; other things in the folder are left alone."""
+        return [f"sha256:{name}" for name in os.listdir(self._blobs) if _HEX_DIGEST.fullmatch(name)]
+
+    def fault_of(self, digest: str, files: Sequence[StoredFile]) -> str:
+        """What is wrong with a blob, judged by names and sizes only; empty if nothing is."""
+        try:
+            place = self.path_of(digest)
+            found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(place)}
+        except (AdapterNotFoundError, OSError) as error:
+            return (
+                str(error)
+                if isinstance(error, AdapterNotFoundError)
+                else f"its folder cannot be read: {error.strerror}"
+            )
+        for file in files:
+            status = found.get(file.name)
+            if status is None or not stat.S_ISREG(status.st_mode):
+                return f"{file.name} is missing"
+            if status.st_size != file.size_bytes:
+                return f"{file.name} has {status.st_size} bytes instead of {file.size_bytes}"
+        return ""
+
+    def verify(self, digest: str, files: Sequence[StoredFile]) -> None:
+        """Reads every file again; AdapterCorruptError unless each is what it was when it was published."""
+        fault = self.fault_of(digest, files)
+        if fault:
+            raise _corrupt(digest, fault)
+        for file in files:
+            try:
+                now = _describe(self.path_of(digest) / file.name)
+            except (AdapterError, OSError) as error:
+                raise _corrupt(digest, f"{file.name} cannot be read: {error}") from error
+            if now != file:
+                raise _corrupt(digest, f"{file.name} has SHA-256 {now.sha256} instead of {file.sha256}")
+
+    def _place(self, digest: str) -> Path:
+        return self._blobs / check_digest(digest).removeprefix("sha256:")
+
+    def _lock_path(self, session: str) -> Path:
+        return self._staging / f"{session}{_LOCK_SUFFIX}"
+
+    def _check_staged(self, staged: Path) -> None:
+        if staged.parent != self._session:
+            raise ValueError(f"{staged} is not from new_staging() of this store")
+
+    def _begin_session(self) -> tuple[Path, int]:
+        while True:
+            session = secrets.token_hex(16)
+            lock = self._try_lock(session)
+            if lock is not None:
+                (self._staging / session).mkdir(mode=0o700)
+                return self._staging / session, lock
+
+    def _sweep(self) -> None:
+        """Removes every session whose lock can be had: its process is dead."""
+        names = {name.removesuffix(_LOCK_SUFFIX) for name in os.listdir(self._staging)}
+        for session in sorted(names - {self._session.name}):
+            if not _SESSION.fullmatch(session):
+                continue
+            lock = self._try_lock(session)
+            if lock is not None:
+                _remove(self._staging / session)
+                self._lock_path(session).unlink(missing_ok=True)
+                os.close(lock)
+
+    def _try_lock(self, session: str) -> int | None:
+        """The lock of a session, as a descriptor; None if a living process has it or just removed it."""
+        path = self._lock_path(session)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock).st_ino == path.lstat().st_ino:  # else a sweeper removed it in between
+                return lock
+        os.close(lock)
+        return None
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turns what a disk can do to us into a CapacityError; serving goes on without the write."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise CapacityError(
+                "the disk of the adapter store is full; make room and publish again"
+            ) from error
+        raise CapacityError(
+            f"the adapter store cannot be written ({os.strerror(error.errno or 0)}); see the server's disk",
+            reason="STORAGE_FAILED",
+        ) from error
+
+
+def _make_folder(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.is_symlink():
+        raise AdapterCorruptError(f"{folder.name} in the adapter store is a link; make it a folder")
+    _sync_folder(folder.parent)
+
+
+def _seal_file(path: Path) -> StoredFile:
+    if path.name not in ADAPTER_FILES:
+        raise InvalidAdapterError(f"{brief(path.name)} is not a file of an adapter", reason="UNEXPECTED_FILE")
+    with open_regular(path) as file:
+        os.fchmod(file.fileno(), 0o400)
+        os.fsync(file.fileno())
+    return _describe(path)
+
+
+def _describe(path: Path) -> StoredFile:
+    sha256 = hashlib.sha256()
+    size_bytes = 0
+    with open_regular(path) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            sha256.update(chunk)
+            size_bytes += len(chunk)
+    return StoredFile(path.name, size_bytes, sha256.hexdigest())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder and what is in it, or a link to one but never what it points at."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _corrupt(digest: str, why: str) -> AdapterCorruptError:
+    return AdapterCorruptError(f"{digest} is damaged in the store: {why}; publish it again")

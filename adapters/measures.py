@@ -1,0 +1,84 @@
+"""What an adapter's tensors amount to: identity, strength, and whether they are sane. Knows no files.
+
+R rank, D in-features, O out-features.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from adapters.bundle import Bundle
+from adapters.errors import InvalidAdapterError
+from adapters.spec import AdapterSpec
+from adapters.weights import LoraPair, dtype_name, tensor_name
+
+# Far above anything trained (the weights of a base layer have norms of 10 to 1000); activations times this
+# are still far below where float32 overflows.
+MAX_NORM = 1e9
+
+_DOMAIN = b"quickchange adapter 1\n"
+
+
+def content_digest(spec: AdapterSpec, bundle: Bundle | None, pairs: Mapping[str, LoraPair]) -> str:
+    """Hash of the canonical configuration, the bundle if there is one, and every tensor in order of name.
+
+    The order of tensors in the file and whatever carries no meaning in the JSON are not part of it.
+    """
+    sha256 = hashlib.sha256(_DOMAIN)
+    sha256.update(_line([spec.canonical(), None if bundle is None else bundle.canonical()]))
+    for name, tensor in sorted(_named(pairs).items()):
+        sha256.update(_line([name, dtype_name(tensor), list(tensor.shape)]))
+        sha256.update(tensor.view(torch.uint8).numpy().data)
+    return f"sha256:{sha256.hexdigest()}"
+
+
+def delta_norm(pairs: Mapping[str, LoraPair], scalings: Mapping[str, float]) -> float:
+    """Frobenius norm of all updates scaling · B @ A together.
+
+    Raises:
+        InvalidAdapterError: reason NOT_FINITE, TOO_LARGE (naming the tensor or module), or ALL_ZERO.
+    """
+    for name, tensor in _named(pairs).items():
+        if not torch.isfinite(tensor).all():
+            raise InvalidAdapterError(
+                f"tensor {name} has NaN or infinite values; retrain with a lower learning rate",
+                reason="NOT_FINITE",
+            )
+    total = math.hypot(*(_module_norm(module, pair, scalings[module]) for module, pair in pairs.items()))
+    if total == 0.0:
+        raise InvalidAdapterError(
+            "every update is zero, so the adapter would do nothing; was it saved before it was trained?",
+            reason="ALL_ZERO",
+        )
+    return total
+
+
+def _module_norm(module: str, pair: LoraPair, scaling: float) -> float:
+    """‖scaling·BA‖ by R×R products only: ‖BA‖² = sum((AAᵀ) ∘ (BᵀB)). In float64, where nothing overflows."""
+    a_RD, b_OR = pair.a_RD.double(), pair.b_OR.double() * scaling
+    a_gram_RR, b_gram_RR = a_RD @ a_RD.T, b_OR.T @ b_OR
+    norm = math.sqrt(max((a_gram_RR * b_gram_RR).sum().item(), 0.0))  # rounding may leave -1e-20 of a zero
+    a_norm, b_norm = math.sqrt(a_gram_RR.trace().item()), math.sqrt(b_gram_RR.trace().item())
+    if max(norm, a_norm, b_norm) > MAX_NORM:
+        raise InvalidAdapterError(
+            f"the update of {module} is absurdly large: the norms of A, scaled B and their product are "
+            f"{a_norm:.3g}, {b_norm:.3g} and {norm:.3g}; at most {MAX_NORM:g} is taken",
+            reason="TOO_LARGE",
+        )
+    return norm
+
+
+def _named(pairs: Mapping[str, LoraPair]) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for module, pair in pairs.items():
+        named[tensor_name(module, "A")] = pair.a_RD
+        named[tensor_name(module, "B")] = pair.b_OR
+    return named
+
+
+def _line(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n"

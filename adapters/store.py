@@ -1,0 +1,435 @@
+"""Published adapters: names and versions over content-addressed files. Knows the rules; no torch, no format.
+
+A publish becomes visible in one SQL transaction, after its files are durable and in place. So a process may be
+killed at any point: what it leaves is the old state or the new, plus left-overs that the next start removes.
+"""
+
+import base64
+import contextlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from adapters.blobs import BlobFolder, disk_errors
+from adapters.catalogue import Catalogue, Content, Rows, Transaction
+from adapters.errors import (
+    AdapterCorruptError,
+    AdapterError,
+    AdapterExistsError,
+    AdapterNotFoundError,
+    CapacityError,
+    InvalidAdapterError,
+    StaleEtagError,
+)
+from adapters.facts import AdapterFacts, AdapterRecord, AdapterState, StoredFile
+from adapters.names import (
+    MAX_VERSION,
+    AliasOf,
+    ContentOf,
+    NewestOf,
+    Reference,
+    VersionOf,
+    check_alias,
+    check_description,
+    check_digest,
+    check_labels,
+    check_name,
+    check_version,
+    parse_reference,
+)
+
+__all__ = ["AdapterFacts", "AdapterRecord", "AdapterState", "AdapterStore", "StoredFile"]
+
+MAX_PAGE_SIZE = 1000
+_NOTHING: Mapping[str, str] = {}
+
+Digests = list[str]
+Page = tuple[list[AdapterRecord], str]
+
+
+class AdapterStore:
+    """A folder of adapters. Thread-safe; every method may touch the disk, so keep them off an event loop."""
+
+    def __init__(self, root: Path) -> None:
+        """Opens a store, or begins one, and puts right what a crash left.
+
+        Raises:
+            AdapterCorruptError: the catalogue cannot be read. A damaged adapter only becomes FAILED.
+            CapacityError: the folder cannot be written.
+        """
+        with disk_errors():
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._blobs = BlobFolder(root)
+        self._catalogue = Catalogue(root / "catalogue.sqlite3")
+        self._recover()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Removes what this process staged and lets go of the files."""
+        self._catalogue.close()
+        self._blobs.close()
+
+    def new_staging(self) -> Path:
+        """An empty folder to put an adapter's files in; give it to `publish` or `discard`."""
+        return self._blobs.new_staging()
+
+    def discard(self, staged: Path) -> None:
+        """Removes a staging folder; nothing happens if it is gone already."""
+        self._blobs.discard(staged)
+
+    def publish(
+        self,
+        name: str,
+        staged: Path,
+        facts: AdapterFacts,
+        *,
+        version: int | None = None,
+        labels: Mapping[str, str] = _NOTHING,
+        description: str = "",
+    ) -> tuple[AdapterRecord, bool]:
+        """Makes a checked adapter a version of a name: durable and visible at once, or not at all.
+
+        The same content under the same name is one version: it is answered as it is, labels and all, and if its
+        files were damaged these ones replace them.
+
+        Args:
+            staged: from `new_staging`; consumed by success, left to the caller by an error.
+            facts: of exactly these files.
+            version: None for the next one.
+
+        Returns:
+            The version, and whether it is new.
+
+        Raises:
+            AdapterExistsError: the fixed version has other content, or was passed already.
+            InvalidAdapterError: name, version, labels or description.
+            CapacityError: the disk does not take it.
+        """
+        check_name(name)
+        if version is not None:
+            check_version(version)
+        labels, description = check_labels(labels), check_description(description)
+        files = self._blobs.seal(staged)
+        try:
+            with self._catalogue.writing() as rows:
+                existing = _same_content(rows, name, version, facts.digest)
+                number = existing.version if existing else _free_version(rows, name, version)
+                self._keep(rows, staged, facts, files)
+                if existing is None:
+                    rows.add_version(name, number, facts.digest, labels, description)
+        except BaseException:
+            self._drop_orphan(facts.digest)
+            raise
+        self._blobs.discard(staged)
+        self._blobs.empty_trash()
+        return self._found(VersionOf(name, number)), existing is None
+
+    def resolve(self, reference: str) -> AdapterRecord:
+        """The version that a request for this reference gets now; "name" is the newest READY one.
+
+        Raises:
+            InvalidAdapterError: not a reference.
+            AdapterNotFoundError: no such name, version, alias or digest.
+            AdapterCorruptError: it is there, but FAILED.
+        """
+        parsed = parse_reference(reference)
+        if isinstance(parsed, NewestOf):
+            with self._catalogue.reading() as rows:
+                ready = rows.newest(parsed.name, AdapterState.READY)
+            if ready is not None:
+                return ready
+        record = self._found(parsed)
+        if record.state is not AdapterState.READY:
+            raise AdapterCorruptError(
+                f"{record.reference} is {record.state}: {record.error}", reason="ADAPTER_FAILED"
+            )
+        return record
+
+    def get(self, reference: str) -> AdapterRecord:
+        """The version a reference names, whatever its state; "name" is the newest. Errors as `resolve`."""
+        return self._found(parse_reference(reference))
+
+    def facts_of(self, digest: str) -> AdapterFacts:
+        """Facts of a content, as long as its files are there: also after its last version was deleted."""
+        return self._content(digest).facts
+
+    def list(
+        self,
+        *,
+        name: str | None = None,
+        state: AdapterState | None = None,
+        labels: Mapping[str, str] = _NOTHING,
+        page_size: int = 100,
+        page_token: str = "",
+    ) -> Page:
+        """Versions by name and number, a page at a time, and the token of the next page; empty on the last.
+
+        Args:
+            labels: each must be there with this value.
+            page_size: at least 1; more than 1000 are never given.
+        """
+        if page_size < 1:
+            raise InvalidAdapterError(f"page_size {page_size} must be at least 1", reason="BAD_PAGE_SIZE")
+        limit = min(page_size, MAX_PAGE_SIZE)
+        with self._catalogue.reading() as rows:
+            found = rows.page(
+                after=_after(page_token), name=name, state=state, labels=labels, limit=limit + 1
+            )
+        if len(found) <= limit:
+            return found, ""
+        return found[:limit], _token_after(found[limit - 1])
+
+    def update(
+        self,
+        name: str,
+        version: int,
+        *,
+        etag: str | None = None,
+        set_aliases: Iterable[str] = (),
+        remove_aliases: Iterable[str] = (),
+        pinned: bool | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> AdapterRecord:
+        """Changes what points at a version or describes it, all or nothing.
+
+        Args:
+            etag: if given, the one the version must still have.
+            set_aliases: taken from whichever version of this name had them.
+            labels: replace all labels; None leaves them.
+
+        Raises:
+            StaleEtagError, AdapterNotFoundError, InvalidAdapterError.
+        """
+        added = [check_alias(alias) for alias in set_aliases]
+        removed = [check_alias(alias) for alias in remove_aliases]
+        with self._catalogue.writing() as rows:
+            record = _one(rows, VersionOf(name, version))
+            _check_etag(record, etag)
+            for alias in removed:
+                if alias not in record.aliases or alias in added:
+                    raise AdapterNotFoundError(_no_such_alias(record, alias))
+                rows.remove_alias(name, alias)
+            for alias in added:
+                rows.set_alias(name, alias, version)
+            if pinned is not None:
+                rows.set_pinned(name, version, pinned)
+            if labels is not None:
+                rows.set_labels(name, version, check_labels(labels))
+            return _one(rows, VersionOf(name, version))
+
+    def delete(self, reference: str, all_versions: bool = False, etag: str | None = None) -> Digests:
+        """Takes versions out of the catalogue: no new request finds them.
+
+        Returns:
+            Contents that no version has any more. Their files stay until `remove_blob`, so that requests that
+            run can finish.
+
+        Raises:
+            InvalidAdapterError: an alias or digest, a bare name with several versions, an etag for several.
+            StaleEtagError, AdapterNotFoundError.
+        """
+        parsed = parse_reference(reference)
+        with self._catalogue.writing() as rows:
+            doomed = _doomed(rows, parsed, all_versions, etag)
+            for record in doomed:
+                rows.remove_version(record.name, record.version)
+            digests = {record.facts.digest for record in doomed}
+            return sorted(digest for digest in digests if not rows.is_referenced(digest))
+
+    def remove_blob(self, digest: str) -> None:
+        """Removes the files of a content that no version has; nothing happens if one has it again."""
+        check_digest(digest)
+        with self._catalogue.writing() as rows:
+            if rows.is_referenced(digest):
+                return
+            with disk_errors():
+                self._blobs.take_out(digest)
+            rows.drop_content(digest)
+        self._blobs.empty_trash()
+
+    def path_of(self, digest: str) -> Path:
+        """The folder with a content's files, which never change; AdapterNotFoundError if there is none."""
+        return self._blobs.path_of(digest)
+
+    def mark_failed(self, digest: str, error: str) -> None:
+        """Makes every version with this content FAILED, for a reason that its owner will read."""
+        with self._catalogue.writing() as rows:
+            content = rows.content(check_digest(digest))
+            if content is None:
+                raise _no_content(digest)
+            rows.put_content(replace(content, state=AdapterState.FAILED, error=error))
+
+    def verify(self, digest: str) -> None:
+        """Reads a content's files again; AdapterCorruptError if a byte is not what was published."""
+        self._blobs.verify(digest, self._content(digest).files)
+
+    def total_bytes(self) -> int:
+        """Bytes of all files in the store, those of deleted versions until they are removed."""
+        with self._catalogue.reading() as rows:
+            return rows.total_bytes()
+
+    def _content(self, digest: str) -> Content:
+        with self._catalogue.reading() as rows:
+            content = rows.content(check_digest(digest))
+        if content is None:
+            raise _no_content(digest)
+        return content
+
+    def _found(self, parsed: Reference) -> AdapterRecord:
+        with self._catalogue.reading() as rows:
+            return _one(rows, parsed)
+
+    def _keep(
+        self, rows: Transaction, staged: Path, facts: AdapterFacts, files: tuple[StoredFile, ...]
+    ) -> None:
+        """Has the content in place and listed as READY; keeps a sound blob that is there already."""
+        known = rows.content(facts.digest)
+        is_sound = (
+            known is not None
+            and known.state is AdapterState.READY
+            and not self._blobs.fault_of(facts.digest, known.files)
+        )
+        if known is None or not is_sound:
+            self._blobs.install(staged, facts.digest)
+            rows.put_content(Content(facts, files, AdapterState.READY, ""))
+        elif (
+            known.facts.base_fingerprint != facts.base_fingerprint
+        ):  # checked again, against the base of today
+            rows.put_content(replace(known, facts=replace(facts, size_bytes=known.facts.size_bytes)))
+
+    def _drop_orphan(self, digest: str) -> None:
+        """After a failed publish: its blob is of no use unless an earlier one is listed."""
+        with contextlib.suppress(AdapterError, OSError), self._catalogue.writing() as rows:
+            if rows.content(digest) is None:
+                self._blobs.take_out(digest)
+        self._blobs.empty_trash()
+
+    def _recover(self) -> None:
+        with disk_errors(), self._catalogue.writing() as rows:
+            listed = set()
+            for content in rows.contents():
+                digest = content.facts.digest
+                if not rows.is_referenced(digest):  # deleted, then the process ended before remove_blob
+                    rows.drop_content(digest)
+                    continue
+                listed.add(digest)
+                fault = self._blobs.fault_of(digest, content.files)
+                if fault and content.state is AdapterState.READY:
+                    rows.put_content(
+                        replace(content, state=AdapterState.FAILED, error=f"{fault}; publish it again")
+                    )
+            for digest in set(self._blobs.digests()) - listed:
+                self._blobs.take_out(digest)
+        self._blobs.empty_trash()
+
+
+def _one(rows: Rows, reference: Reference) -> AdapterRecord:
+    """The version a reference names; AdapterNotFoundError, saying what there is instead."""
+    match reference:
+        case ContentOf(digest):
+            record = rows.with_digest(digest)
+            if record is None:
+                raise _no_content(digest)
+            return record
+        case NewestOf(name):
+            record = rows.newest(name)
+        case VersionOf(name, version):
+            record = rows.record(name, version)
+        case AliasOf(name, alias):
+            record = rows.aliased(name, alias)
+    if record is not None:
+        return record
+    versions = rows.versions(name)
+    if not versions:
+        raise AdapterNotFoundError(f"there is no adapter {name!r}; list the adapters to see which there are")
+    if isinstance(reference, AliasOf):
+        raise AdapterNotFoundError(_no_such_alias(versions[-1], reference.alias))
+    raise AdapterNotFoundError(f"adapter {name!r} has no such version; its newest is {versions[-1].version}")
+
+
+def _same_content(rows: Rows, name: str, version: int | None, digest: str) -> AdapterRecord | None:
+    """The version that has this content already, if that is what the caller asks for."""
+    if version is None:
+        return rows.with_digest(digest, name)
+    record = rows.record(name, version)
+    if record is not None and record.facts.digest != digest:
+        raise AdapterExistsError(
+            f"{record.reference} has other content, {record.facts.digest}; publish without a version for the next one"
+        )
+    return record
+
+
+def _free_version(rows: Rows, name: str, version: int | None) -> int:
+    last = rows.last_version(name)
+    if version is not None and version <= last:
+        raise AdapterExistsError(
+            f"version {version} of {name!r} was passed or deleted, and numbers are never used again; "
+            f"use {last + 1} or more, or leave it unset"
+        )
+    if last >= MAX_VERSION:
+        raise CapacityError(f"{name!r} has used up its version numbers; publish under another name")
+    return last + 1 if version is None else version
+
+
+def _doomed(rows: Rows, reference: Reference, all_versions: bool, etag: str | None) -> list[AdapterRecord]:
+    if all_versions:
+        if not isinstance(reference, NewestOf):
+            raise _not_deletable("all versions are deleted by the bare name")
+        if etag is not None:
+            raise _not_deletable("an etag guards one version; delete that one by name@version")
+        _one(rows, reference)
+        return rows.versions(reference.name)
+    if isinstance(reference, AliasOf | ContentOf):
+        raise _not_deletable("a version is deleted by name@version, not by an alias or a digest")
+    record = _one(rows, reference)
+    count = len(rows.versions(record.name))
+    if isinstance(reference, NewestOf) and count > 1:
+        raise _not_deletable(
+            f"{reference.name!r} has {count} versions; name one with name@version, or ask for all"
+        )
+    _check_etag(record, etag)
+    return [record]
+
+
+def _check_etag(record: AdapterRecord, etag: str | None) -> None:
+    if etag is not None and etag != record.etag:
+        raise StaleEtagError(f"{record.reference} changed since its etag was read; read it again and repeat")
+
+
+def _token_after(record: AdapterRecord) -> str:
+    return base64.urlsafe_b64encode(json.dumps([record.name, record.version]).encode()).decode()
+
+
+def _after(page_token: str) -> tuple[str, int]:
+    if not page_token:
+        return "", 0
+    try:
+        name, version = json.loads(base64.b64decode(page_token, altchars="-_", validate=True))
+        return check_name(name), check_version(version)
+    except (ValueError, TypeError, AdapterError):
+        raise InvalidAdapterError(
+            "this page_token was not given by this server; start again without one", reason="BAD_PAGE_TOKEN"
+        ) from None
+
+
+def _no_such_alias(record: AdapterRecord, alias: str) -> str:
+    there = f"it has {', '.join(record.aliases)}" if record.aliases else "it has none"
+    return f"{record.reference} has no alias {alias!r}; {there}"
+
+
+def _no_content(digest: str) -> AdapterNotFoundError:
+    return AdapterNotFoundError(f"no adapter has the digest {digest}")
+
+
+def _not_deletable(why: str) -> InvalidAdapterError:
+    return InvalidAdapterError(why, reason="BAD_REFERENCE")

@@ -1,0 +1,227 @@
+"""Tensors out of an adapter's safetensors file: every bound is checked before anything is allocated.
+
+Knows which tensors an adapter must have, not what is done with them. R rank, D in-features, O out-features.
+"""
+
+import io
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from adapters.errors import AdapterCorruptError, AdapterError, InvalidAdapterError, UnsupportedAdapterError
+from adapters.files import CONFIG_FILE, WEIGHTS_FILE, open_regular
+from adapters.layout import BaseLayout
+from adapters.spec import AdapterSpec
+from adapters.strict_json import brief, parse_object
+
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "LoraPair", "TensorInfo", "load_pairs", "read_header"]
+
+MAX_HEADER_BYTES = 4 * 1024 * 1024  # 25 000 tensors with long names
+_LENGTH_BYTES = 8
+_MAX_DIMENSIONS = 8
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
+_PREFIX = "base_model.model."
+
+_OF_THE_BASE = "it is a weight of the base; save with save_pretrained(…, save_embedding_layers=False)"
+_OTHER_METHODS = {
+    "lora_magnitude_vector": "it belongs to DoRA; retrain with use_dora=false",
+    "lora_embedding_A": "it adapts an embedding; retrain with linear target_modules only",
+    "lora_embedding_B": "it adapts an embedding; retrain with linear target_modules only",
+    "lora_B.bias": "an adapter may not add a bias; retrain with lora_bias=false",
+    ".base_layer.": _OF_THE_BASE,
+    "embed_tokens.weight": _OF_THE_BASE,
+    "lm_head.weight": _OF_THE_BASE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies in its file, and how to read it.
+
+    Attributes:
+        dtype: as safetensors names it: "F32", "F16" or "BF16".
+        offset: of its first byte, from the start of the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPair:
+    """The two factors of one module's update, as they were stored, not scaled: ΔW = scaling · b_OR @ a_RD."""
+
+    a_RD: Tensor
+    b_OR: Tensor
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file by name, without reading any; the file holds them and nothing else.
+
+    Raises:
+        InvalidAdapterError: reason BAD_HEADER or BAD_DTYPE, naming the tensor.
+    """
+    with open_regular(path) as file:
+        return _read_header(file)
+
+
+def load_pairs(path: Path, spec: AdapterSpec, layout: BaseLayout) -> dict[str, LoraPair]:
+    """The factors of every module the specification targets, on the CPU, in the base's order.
+
+    Raises:
+        InvalidAdapterError: a tensor is missing, unknown, or of another shape; the message names it.
+        UnsupportedAdapterError: a tensor belongs to a method that is not applied here.
+        AdapterCorruptError: the file changed while it was read.
+    """
+    ranks = {module: rank for module, (rank, _) in spec.ranks_and_scalings(layout).items()}
+    with open_regular(path) as file:
+        header = _read_header(file)
+        _check_match(header, ranks, layout)
+        return {
+            module: LoraPair(
+                a_RD=_read_tensor(file, header[tensor_name(module, "A")]),
+                b_OR=_read_tensor(file, header[tensor_name(module, "B")]),
+            )
+            for module in ranks
+        }
+
+
+def tensor_name(module: str, factor: str) -> str:
+    """PEFT's name for factor "A" or "B" of a module."""
+    return f"{_PREFIX}{module}.lora_{factor}.weight"
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """How safetensors names the tensor's type."""
+    return _DTYPE_NAMES[tensor.dtype]
+
+
+def _read_header(file: io.BufferedReader) -> dict[str, TensorInfo]:
+    file_bytes = file.seek(0, 2)
+    file.seek(0)
+    prefix = file.read(_LENGTH_BYTES)
+    if len(prefix) < _LENGTH_BYTES:
+        _bad_header(f"it has {file_bytes} bytes; the length of the header alone takes {_LENGTH_BYTES}")
+    (header_bytes,) = struct.unpack("<Q", prefix)
+    if header_bytes > min(MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
+        if prefix.startswith(_PICKLE_STARTS):
+            _bad_header("it looks like a pickle, which is never read; save with safe_serialization=True")
+        _bad_header(
+            f"it announces a header of {header_bytes} bytes; the file has {file_bytes}, and a header may "
+            f"have {MAX_HEADER_BYTES}"
+        )
+    raw = file.read(header_bytes)
+    if not raw.startswith(b"{"):
+        _bad_header("its header does not start with '{'")
+    entries = parse_object(raw, source=f"the header of {WEIGHTS_FILE}", max_bytes=MAX_HEADER_BYTES)
+    _check_metadata(entries.pop("__metadata__", {}))
+    data_offset = _LENGTH_BYTES + header_bytes
+    header = {name: _tensor_info(name, entry, data_offset) for name, entry in entries.items()}
+    _check_contiguous(header, data_offset, file_bytes)
+    return header
+
+
+def _check_metadata(metadata: object) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _bad_header("__metadata__ must map strings to strings")
+
+
+def _tensor_info(name: str, entry: Any, data_offset: int) -> TensorInfo:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        _bad_header(f"tensor {brief(name)} must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise InvalidAdapterError(
+            f"tensor {brief(name)} has dtype {brief(dtype)}; save the adapter as one of {', '.join(_DTYPES)}",
+            reason="BAD_DTYPE",
+        )
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
+        _bad_header(f"tensor {brief(name)} has shape {brief(shape)}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        _bad_header(f"tensor {brief(name)} has data_offsets {brief(offsets)}")
+    size_bytes = offsets[1] - offsets[0]
+    if size_bytes != _product(shape) * _DTYPES[dtype].itemsize:
+        _bad_header(f"tensor {brief(name)} of shape {brief(shape)} and dtype {dtype} has {size_bytes} bytes")
+    return TensorInfo(dtype, tuple(shape), data_offset + offsets[0], size_bytes)
+
+
+def _are_sizes(values: Any) -> bool:
+    """Whether this is a list of integers that fit in 64 bits, as in safetensors."""
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _product(shape: list[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _check_contiguous(header: Mapping[str, TensorInfo], data_offset: int, file_bytes: int) -> None:
+    """Every byte after the header belongs to exactly one tensor."""
+    end = data_offset
+    for name, info in sorted(header.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
+        if info.offset != end:
+            _bad_header(
+                f"tensor {brief(name)} starts at byte {info.offset}, not at {end}: an overlap or a gap"
+            )
+        end += info.size_bytes
+    if end != file_bytes:
+        _bad_header(f"its tensors end at byte {end}, the file at byte {file_bytes}; is it complete?")
+
+
+def _check_match(header: Mapping[str, TensorInfo], ranks: Mapping[str, int], layout: BaseLayout) -> None:
+    """Exactly the tensors that the configuration calls for, each of the shape that the base calls for."""
+    expected: dict[str, tuple[int, int]] = {}
+    for module, rank in ranks.items():
+        expected[tensor_name(module, "A")] = (rank, layout.modules[module].in_features)
+        expected[tensor_name(module, "B")] = (layout.modules[module].out_features, rank)
+    for name in header:
+        if name not in expected:
+            raise _unexpected(name, layout)
+    for name, shape in expected.items():
+        if name not in header:
+            raise InvalidAdapterError(
+                f"tensor {name} is missing, though {CONFIG_FILE} targets its module", reason="MISSING_TENSOR"
+            )
+        if header[name].shape != shape:
+            raise InvalidAdapterError(
+                f"tensor {name} is {list(header[name].shape)}; rank in {CONFIG_FILE} and the base's layer "
+                f"call for {list(shape)}",
+                reason="SHAPE_MISMATCH",
+            )
+
+
+def _unexpected(name: str, layout: BaseLayout) -> AdapterError:
+    for part, why in _OTHER_METHODS.items():
+        if part in name:
+            return UnsupportedAdapterError(f"tensor {brief(name)} cannot be applied: {why}")
+    module = name.removeprefix(_PREFIX).rpartition(".lora_")[0]
+    if module in layout.modules:
+        why = (
+            f"{CONFIG_FILE} does not target its module, or it is not called …lora_A.weight or …lora_B.weight"
+        )
+    else:
+        why = "this base has no such linear module"
+    return InvalidAdapterError(f"unknown tensor {brief(name)}: {why}", reason="UNKNOWN_TENSOR")
+
+
+def _read_tensor(file: io.BufferedReader, info: TensorInfo) -> Tensor:
+    tensor = torch.empty(info.shape, dtype=_DTYPES[info.dtype])
+    file.seek(info.offset)
+    if file.readinto(tensor.view(torch.uint8).numpy().data) != info.size_bytes:
+        raise AdapterCorruptError(f"{WEIGHTS_FILE} became shorter while it was read; publish it again")
+    return tensor
+
+
+def _bad_header(why: str) -> NoReturn:
+    raise InvalidAdapterError(f"{WEIGHTS_FILE} is not a valid safetensors file: {why}", reason="BAD_HEADER")

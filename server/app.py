@@ -1,0 +1,292 @@
+"""The server process: start-up, drain and shutdown, in the order in which they happen."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from importlib.metadata import version
+from typing import Final
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from adapters.base import Base, load_base
+from adapters.errors import AdapterError, BaseModelError
+from adapters.store import AdapterStore
+from quickchange.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+from server.chat import PromptEncoder
+from server.config import MIB, ServerSettings
+from server.engine import Engine
+from server.metrics import Metrics, MetricsEndpoint
+from server.request import Failed, Request, SamplingParams
+from server.services.adapters import AdapterService
+from server.services.catalogue import Catalogue
+from server.services.health import HealthService
+from server.services.inference import InferenceService
+from server.services.ingest import UploadDesk
+from server.services.interceptors import StatusInterceptor
+from server.services.server_info import ServerService
+from server.services.workers import Workers
+
+log = logging.getLogger(__name__)
+
+VERSION: Final = version("quickchange")
+
+_FLUSH_S: Final = 2.0  # for last messages to reach readers once nothing runs any more
+_ENVELOPE_BYTES: Final = MIB  # of a message, on top of its prompt or chunk
+
+_SERVICES: Final = (
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+    adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+    server_pb2.DESCRIPTOR.services_by_name["ServerService"].full_name,
+)
+
+
+class StartError(Exception):
+    """The server cannot start; the message is one line with the remedy."""
+
+
+def serve(settings: ServerSettings) -> int:
+    """Runs the server until it is told to stop.
+
+    Returns:
+        The exit code: 0 after an orderly end, 1 if it could not start or its engine died.
+    """
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    try:
+        _check_free("--port", settings.grpc.host, settings.grpc.port)
+        _check_free("--metrics-port", settings.metrics.host, settings.metrics.port)
+        store = _open_store(settings)
+        base = _load_base(settings)
+        return asyncio.run(Server(settings, base, store).run())
+    except (StartError, BaseModelError, AdapterError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+class Server:
+    """One process's parts, wired together. `run` is its life."""
+
+    def __init__(self, settings: ServerSettings, base: Base, store: AdapterStore) -> None:
+        self._settings = settings
+        self._base = base
+        self._store = store
+        self._metrics = Metrics(adapter_series_cap=settings.metrics.adapter_series_cap)
+        self._engine = Engine(base, store, settings.engine, self._metrics)
+        self._workers = Workers(settings.grpc.worker_threads)
+        self._prompts = PromptEncoder(base.tokenizer, base.chat_template, settings.grpc.max_prompt_bytes)
+        self._catalogue = Catalogue(store, self._engine, self._workers)
+        self._desk = UploadDesk(
+            store, base.layout, settings.engine.max_adapter_rank, settings.grpc, self._metrics, self._workers
+        )
+        self._health = HealthService(_SERVICES)
+        self._told_to_stop = asyncio.Event()
+        self._engine_died = False
+
+    async def run(self) -> int:
+        """Start-up, main loop, shutdown.
+
+        Raises:
+            StartError
+        """
+        try:
+            await self._start_engine()
+            endpoint = self._start_metrics()
+            rpc_server, port = await self._start_grpc()
+            await self._health.set_serving(not self._engine_died)
+            print(
+                f"ready grpc={_address(self._settings.grpc.host, port)} "
+                f"metrics={_address(self._settings.metrics.host, endpoint.port)}",
+                flush=True,
+            )
+            await self._told_to_stop.wait()
+            await self._drain()
+            await rpc_server.stop(_FLUSH_S)
+            endpoint.close()
+        finally:
+            await self._engine.stop(0)
+            self._prompts.close()
+            self._workers.close()
+        log.info("stopped")
+        return 1 if self._engine_died else 0
+
+    # Start-up
+
+    async def _start_engine(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def died() -> None:
+            loop.call_soon_threadsafe(self._on_engine_death)
+
+        self._engine.on_death = died
+        self._engine.start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        await self._catalogue.apply_pins()
+        await self._warm_up()
+
+    async def _warm_up(self) -> None:
+        """One short generation: whatever is slow only once is over before the first caller, or fails now."""
+        began_s = time.monotonic()
+        sampling = SamplingParams(max_new_tokens=2, ignore_eos=True)
+        async for event in self._engine.submit(Request("warm-up", (0, 0, 0, 0), sampling)):
+            if isinstance(event, Failed):
+                raise StartError(f"the base cannot generate: {event.error}")
+        log.info("engine warm seconds=%.3f", time.monotonic() - began_s)
+
+    def _start_metrics(self) -> MetricsEndpoint:
+        base, settings = self._base, self._settings.metrics
+        self._metrics.describe_build(
+            version=VERSION,
+            base_model=base.name,
+            quantization=base.quantization,
+            device=base.device.type,
+            base_model_bytes=base.weight_bytes,
+        )
+        self._metrics.store_bytes_from(self._store.total_bytes)
+        self._metrics.residents_from(self._catalogue.residents)
+        try:
+            return MetricsEndpoint(self._metrics, settings.host, settings.port)
+        except OSError as error:
+            raise _cannot_listen("--metrics-port", settings.host, settings.port, error) from None
+
+    async def _start_grpc(self) -> tuple[grpc.aio.Server, int]:
+        settings = self._settings.grpc
+        rpc_server = grpc.aio.server(interceptors=[StatusInterceptor()], options=self._grpc_options())
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceService(self._engine, self._catalogue, self._prompts, self._metrics, self._workers),
+            rpc_server,
+        )
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
+            AdapterService(self._engine, self._catalogue, self._desk, self._workers), rpc_server
+        )
+        server_pb2_grpc.add_ServerServiceServicer_to_server(
+            ServerService(self._engine, self._facts(), self._told_to_stop.set), rpc_server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, rpc_server)
+        names = (*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, rpc_server)
+        try:
+            port = rpc_server.add_insecure_port(_address(settings.host, settings.port))
+        except RuntimeError as error:
+            raise _cannot_listen("--port", settings.host, settings.port, error) from None
+        await rpc_server.start()
+        return rpc_server, port
+
+    def _grpc_options(self) -> list[tuple[str, int]]:
+        return [
+            ("grpc.so_reuseport", 0),  # a port that is taken is an error, not a second server behind it
+            ("grpc.max_receive_message_length", self._settings.grpc.max_prompt_bytes * 2 + _ENVELOPE_BYTES),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.keepalive_time_ms", 30_000),  # finds out about clients that vanished without a word
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ]
+
+    def _facts(self) -> server_pb2.GetServerInfoResponse:
+        base, engine, limits = self._base, self._settings.engine, self._settings.grpc
+        return server_pb2.GetServerInfoResponse(
+            version=VERSION,
+            base_model=base.name,
+            base_fingerprint=base.fingerprint,
+            quantization=base.quantization,
+            device=base.device.type,
+            dtype=str(base.dtype).removeprefix("torch."),
+            limits=server_pb2.Limits(
+                max_context_tokens=self._engine.max_context_tokens,
+                max_running_requests=engine.max_running_requests,
+                max_waiting_requests=engine.max_waiting_requests,
+                max_batch_tokens=engine.max_batch_tokens,
+                max_upload_bytes=limits.max_upload_bytes,
+                max_adapter_rank=engine.max_adapter_rank,
+            ),
+        )
+
+    # Shutdown
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._told_to_stop.is_set():
+            log.warning("stopping at once: told to stop a second time")
+            logging.shutdown()
+            os._exit(1)  # nothing to lose: whatever is half written is swept at the next start
+        log.info("stopping: got %s", number.name)
+        self._told_to_stop.set()
+
+    def _on_engine_death(self) -> None:
+        log.error("stopping: the engine died")
+        self._engine_died = True
+        self._told_to_stop.set()
+
+    async def _drain(self) -> None:
+        """Admits nothing new, and lets what runs end within the grace."""
+        await self._health.set_serving(False)
+        self._engine.drain()
+        self._desk.close()
+        grace_s = self._settings.grpc.drain_grace_s
+        log.info("draining grace_s=%g running=%d", grace_s, self._engine.stats().running)
+        await asyncio.gather(self._engine.stop(grace_s), self._uploads_over(grace_s))
+        await self._health.close()
+
+    async def _uploads_over(self, grace_s: float) -> None:
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._desk.wait_until_idle()
+        except TimeoutError:
+            log.warning("uploads are cut off: they did not end within the grace")
+
+
+def _open_store(settings: ServerSettings) -> AdapterStore:
+    try:
+        return AdapterStore(settings.store.root)
+    except OSError as error:
+        raise StartError(f"--store {settings.store.root}: cannot be used: {error.strerror}") from None
+
+
+def _load_base(settings: ServerSettings) -> Base:
+    base = settings.base
+    return load_base(
+        base.source,
+        purpose="serve",
+        quantization=base.quantization,
+        dtype=base.dtype,
+        device=base.device,
+        cache_dir=base.cache_dir,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def _check_free(flag: str, host: str, port: int) -> None:
+    """Finds a taken port before minutes go into loading the base."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        raise _cannot_listen(flag, host, port, error) from None
+
+
+def _cannot_listen(flag: str, host: str, port: int, error: Exception) -> StartError:
+    why = error.strerror if isinstance(error, OSError) else str(error)
+    return StartError(
+        f"cannot listen on {_address(host, port)}: {why}; give another {flag}, 0 picks a free one"
+    )
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,174 @@
+"""quickchange.v1.AdapterService: the catalogue and residency over the wire. Knows no formats of files."""
+
+import logging
+from contextlib import ExitStack
+from typing import Any, BinaryIO, Final
+
+import google_crc32c
+import grpc.aio
+
+from adapters.errors import InvalidAdapterError
+from adapters.facts import AdapterRecord, AdapterState
+from adapters.files import open_regular
+from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
+from server.engine import Engine
+from server.errors import InvalidRequestError, UnsupportedFeatureError
+from server.services import convert
+from server.services.catalogue import Catalogue
+from server.services.ingest import UploadDesk
+from server.services.workers import Workers
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+DEFAULT_PAGE_SIZE: Final = 100
+MAX_PAGE_SIZE: Final = 1000
+DOWNLOAD_CHUNK_BYTES: Final = 256 * 1024
+
+
+class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
+    """Adapters from upload to deletion."""
+
+    def __init__(self, engine: Engine, catalogue: Catalogue, desk: UploadDesk, workers: Workers) -> None:
+        self._engine = engine
+        self._catalogue = catalogue
+        self._desk = desk
+        self._workers = workers
+
+    async def UploadAdapter(
+        self, request_iterator: Any, context: Context
+    ) -> adapters_pb2.UploadAdapterResponse:
+        ingested = await self._desk.take(request_iterator)
+        if ingested.record is None:
+            plan = ingested.plan
+            adapter = convert.validated(plan.name, plan.labels, plan.description, ingested.facts)
+        else:
+            adapter = self._message(ingested.record)
+        return adapters_pb2.UploadAdapterResponse(
+            adapter=adapter, created=ingested.created, report=convert.report(ingested.facts)
+        )
+
+    async def QueryUpload(
+        self, request: adapters_pb2.QueryUploadRequest, context: Context
+    ) -> adapters_pb2.QueryUploadResponse:
+        raise UnsupportedFeatureError("uploads cannot be resumed yet; send UploadAdapter from the start")
+
+    async def CancelUpload(
+        self, request: adapters_pb2.CancelUploadRequest, context: Context
+    ) -> adapters_pb2.CancelUploadResponse:
+        raise UnsupportedFeatureError("an upload ends with its call; cancel the UploadAdapter call itself")
+
+    async def GetAdapter(
+        self, request: adapters_pb2.GetAdapterRequest, context: Context
+    ) -> adapters_pb2.GetAdapterResponse:
+        record = await self._catalogue.resolve(request.adapter)
+        return adapters_pb2.GetAdapterResponse(adapter=self._message(record))
+
+    async def ListAdapters(
+        self, request: adapters_pb2.ListAdaptersRequest, context: Context
+    ) -> adapters_pb2.ListAdaptersResponse:
+        if request.page_size > MAX_PAGE_SIZE:
+            raise InvalidRequestError("page_size", f"is {request.page_size}, at most {MAX_PAGE_SIZE}")
+        records, next_token = await self._workers.run(
+            self._catalogue.store.list,
+            name=request.name if request.HasField("name") else None,
+            state=_state_of(request),
+            labels=dict(request.labels),
+            page_size=request.page_size or DEFAULT_PAGE_SIZE,
+            page_token=request.page_token,
+        )
+        return adapters_pb2.ListAdaptersResponse(
+            adapters=[self._message(record) for record in records], next_page_token=next_token
+        )
+
+    async def UpdateAdapter(
+        self, request: adapters_pb2.UpdateAdapterRequest, context: Context
+    ) -> adapters_pb2.UpdateAdapterResponse:
+        record = await self._catalogue.update(request)
+        log.info("adapter updated adapter=%s digest=%s", record.reference, record.facts.digest)
+        return adapters_pb2.UpdateAdapterResponse(adapter=self._message(record))
+
+    async def DeleteAdapter(
+        self, request: adapters_pb2.DeleteAdapterRequest, context: Context
+    ) -> adapters_pb2.DeleteAdapterResponse:
+        etag = request.etag if request.HasField("etag") else None
+        count = await self._catalogue.delete(request.adapter, all_versions=request.all_versions, etag=etag)
+        log.info("adapter deleted adapter=%r versions=%d", request.adapter, count)
+        return adapters_pb2.DeleteAdapterResponse(deleted_versions=count)
+
+    async def LoadAdapter(
+        self, request: adapters_pb2.LoadAdapterRequest, context: Context
+    ) -> adapters_pb2.LoadAdapterResponse:
+        async with self._catalogue.preparing(request.adapter) as record:
+            named = _named(record)
+            await self._engine.load(named.facts.digest)
+        return adapters_pb2.LoadAdapterResponse(adapter=convert.adapter(named, "device"))
+
+    async def UnloadAdapter(
+        self, request: adapters_pb2.UnloadAdapterRequest, context: Context
+    ) -> adapters_pb2.UnloadAdapterResponse:
+        record = await self._catalogue.resolve(request.adapter)
+        gone = await self._engine.unload(record.facts.digest)
+        return adapters_pb2.UnloadAdapterResponse(
+            adapter=convert.adapter(record, "disk" if gone else "device")
+        )
+
+    async def WatchAdapters(  # type: ignore[override]  # a coroutine, see StatusInterceptor
+        self, request: adapters_pb2.WatchAdaptersRequest, context: Context
+    ) -> None:
+        raise UnsupportedFeatureError("adapters cannot be watched yet; call ListAdapters instead")
+
+    async def DownloadAdapter(  # type: ignore[override]  # writes to the context, see StatusInterceptor
+        self, request: adapters_pb2.DownloadAdapterRequest, context: Context
+    ) -> None:
+        with ExitStack() as open_files:
+            async with self._catalogue.preparing(request.adapter) as record:
+                named = _named(record)
+                files = await self._workers.run(self._open, named, open_files)
+            await context.write(adapters_pb2.DownloadAdapterResponse(header=self._download_header(named)))
+            for index, file in enumerate(files):
+                offset = 0
+                while data := await self._workers.run(file.read, DOWNLOAD_CHUNK_BYTES):
+                    await context.write(_download_chunk(index, offset, data))
+                    offset += len(data)
+
+    def _open(self, record: AdapterRecord, open_files: ExitStack) -> list[BinaryIO]:
+        """Open files outlive a deletion, so the download is whole whatever happens meanwhile."""
+        folder = self._catalogue.store.path_of(record.facts.digest)
+        return [open_files.enter_context(open_regular(folder / file.name)) for file in record.files]
+
+    def _download_header(self, record: AdapterRecord) -> adapters_pb2.DownloadHeader:
+        files = [
+            adapters_pb2.UploadFile(name=file.name, size_bytes=file.size_bytes, sha256=file.sha256)
+            for file in record.files
+        ]
+        return adapters_pb2.DownloadHeader(adapter=self._message(record), files=files)
+
+    def _message(self, record: AdapterRecord) -> adapters_pb2.Adapter:
+        return convert.adapter(record, self._engine.residency_of(record.facts.digest))
+
+
+def _named(record: AdapterRecord | None) -> AdapterRecord:
+    if record is None:
+        raise InvalidAdapterError("adapter is empty, which means the base; name an adapter")
+    return record
+
+
+def _state_of(request: adapters_pb2.ListAdaptersRequest) -> AdapterState | None:
+    if not request.HasField("state"):
+        return None
+    known = {
+        adapters_pb2.ADAPTER_STATE_READY: AdapterState.READY,
+        adapters_pb2.ADAPTER_STATE_FAILED: AdapterState.FAILED,
+    }
+    if request.state not in known:
+        raise InvalidRequestError("state", f"is {request.state}; adapters here are READY or FAILED")
+    return known[request.state]
+
+
+def _download_chunk(index: int, offset: int, data: bytes) -> adapters_pb2.DownloadAdapterResponse:
+    chunk = adapters_pb2.UploadChunk(
+        file_index=index, write_offset=offset, data=data, crc32c=google_crc32c.value(data)
+    )
+    return adapters_pb2.DownloadAdapterResponse(chunk=chunk)

@@ -1,0 +1,205 @@
+"""quickchange.v1.InferenceService: a call becomes a Request, its events become messages. Knows no torch."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+
+from adapters.facts import AdapterRecord, AdapterState
+from quickchange.v1 import inference_pb2, inference_pb2_grpc
+from server.chat import ChatMessage, EncodedPrompt, PromptEncoder
+from server.engine import Engine
+from server.errors import InvalidRequestError, RequestFailedError
+from server.metrics import Metrics
+from server.request import (
+    AdapterIdentity,
+    Delta,
+    Failed,
+    Finished,
+    Request,
+    Started,
+    TokenEvent,
+)
+from server.services import convert
+from server.services.catalogue import Catalogue
+from server.services.statuses import reason_of
+from server.services.workers import Workers
+from server.stream import RequestStream
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Prompt = inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A request that the engine has taken."""
+
+    request_id: str
+    identity: AdapterIdentity | None
+    echo: str
+    stream: RequestStream
+
+
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    """Generation and what belongs to it."""
+
+    def __init__(
+        self, engine: Engine, catalogue: Catalogue, prompts: PromptEncoder, metrics: Metrics, workers: Workers
+    ) -> None:
+        self._engine = engine
+        self._catalogue = catalogue
+        self._prompts = prompts
+        self._metrics = metrics
+        self._workers = workers
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> inference_pb2.GenerateResponse:
+        call = await self._submit(request, context)
+        try:
+            return await _collect(call)
+        finally:
+            call.stream.cancel()
+
+    async def GenerateStream(  # type: ignore[override]  # writes to the context, see StatusInterceptor
+        self, request: inference_pb2.GenerateStreamRequest, context: Context
+    ) -> None:
+        call = await self._submit(request.request, context)
+        try:
+            async for event in call.stream:
+                for message in _messages_of(event, call):
+                    await context.write(message)
+        finally:
+            call.stream.cancel()
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        async with self._catalogue.preparing(request.adapter) as record:
+            prompt = await self._encode(request, record, with_text=True)
+        return inference_pb2.TokenizeResponse(token_ids=prompt.token_ids, text=prompt.text)
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Context
+    ) -> inference_pb2.ListModelsResponse:
+        records = await self._workers.run(self._catalogue.all_records)
+        models = [inference_pb2.Model(is_base=True)]
+        models += [_model_of(record) for record in records if record.state is AdapterState.READY]
+        return inference_pb2.ListModelsResponse(models=models)
+
+    async def _submit(self, request: inference_pb2.GenerateRequest, context: Context) -> _Call:
+        """The request, once the engine has it: nothing to release before that, no wait after it."""
+        try:
+            convert.refuse_unsupported(request)
+            request_id = convert.request_id_of(request)
+            async with self._catalogue.preparing(request.adapter) as record:
+                prompt = await self._encode(request, record, with_text=request.output.echo)
+                identity = convert.identity_of(record)
+                stream = self._engine.submit(
+                    Request(
+                        request_id=request_id,
+                        prompt_token_ids=prompt.token_ids,
+                        sampling=convert.sampling_of(request, self._room_after(prompt)),
+                        adapter=identity,
+                        deadline_s=_deadline_of(context),
+                    )
+                )
+        except Exception as error:
+            self._metrics.count_rejected(reason_of(error))
+            raise
+        log.info(
+            "request queued request_id=%s adapter=%s prompt_tokens=%d",
+            request_id,
+            identity.digest if identity else "base",
+            len(prompt.token_ids),
+        )
+        return _Call(request_id, identity, prompt.text if request.output.echo else "", stream)
+
+    def _room_after(self, prompt: EncodedPrompt) -> int:
+        return self._engine.max_context_tokens - len(prompt.token_ids)
+
+    async def _encode(
+        self, request: Prompt, record: AdapterRecord | None, *, with_text: bool
+    ) -> EncodedPrompt:
+        match request.WhichOneof("prompt"):
+            case "text":
+                return await self._prompts.text(request.text)
+            case "token_ids":
+                assert isinstance(request, inference_pb2.GenerateRequest)
+                return await self._prompts.token_ids(request.token_ids.ids, with_text=with_text)
+            case "chat":
+                messages = [ChatMessage(m.role, m.content) for m in request.chat.messages]
+                template = await self._catalogue.chat_template_of(record) if record else None
+                return await self._prompts.chat(messages, template)
+            case _:
+                raise InvalidRequestError("prompt", "is missing; send text, token_ids or chat")
+
+
+def _deadline_of(context: Context) -> float | None:
+    remaining_s: float | None = context.time_remaining()
+    return None if remaining_s is None else time.monotonic() + remaining_s
+
+
+async def _collect(call: _Call) -> inference_pb2.GenerateResponse:
+    completion = inference_pb2.Completion()
+    texts = [call.echo]
+    async for event in call.stream:
+        match event:
+            case Delta():
+                texts.append(event.text)
+                completion.token_ids.extend(event.token_ids)
+                completion.logprobs.extend(convert.logprobs(event.logprobs))
+            case Finished():
+                _log_end(call, event)
+                completion.text = "".join(texts)
+                completion.finish_reason = convert.finish_reason(event)
+                return inference_pb2.GenerateResponse(
+                    request_id=call.request_id,
+                    adapter=convert.resolved(call.identity),
+                    completions=[completion],
+                    usage=convert.usage(event),
+                    timings=convert.timings(event.timings),
+                )
+            case Failed():
+                raise event.error
+    raise RequestFailedError("the stream ended without a last event")
+
+
+def _messages_of(event: TokenEvent, call: _Call) -> Iterator[inference_pb2.GenerateStreamResponse]:
+    match event:
+        case Started():
+            started = convert.started(event, call.request_id, call.identity)
+            yield inference_pb2.GenerateStreamResponse(started=started)
+            if call.echo:
+                yield inference_pb2.GenerateStreamResponse(delta=inference_pb2.Delta(text=call.echo))
+        case Delta():
+            yield inference_pb2.GenerateStreamResponse(delta=convert.delta(event))
+        case Finished():
+            _log_end(call, event)
+            yield inference_pb2.GenerateStreamResponse(finished=convert.finished(event))
+        case Failed():
+            raise event.error
+
+
+def _log_end(call: _Call, event: Finished) -> None:
+    log.info(
+        "request finished request_id=%s adapter=%s reason=%s tokens=%d seconds=%.3f",
+        call.request_id,
+        call.identity.digest if call.identity else "base",
+        event.reason.value,
+        event.completion_tokens,
+        event.timings.total_s,
+    )
+
+
+def _model_of(record: AdapterRecord) -> inference_pb2.Model:
+    return inference_pb2.Model(
+        reference=record.reference,
+        adapter=convert.resolved(convert.identity_of(record)),
+        description=record.description,
+    )

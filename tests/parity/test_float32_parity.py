@@ -1,0 +1,142 @@
+"""Exact mode: greedy tokens equal transformers + PEFT, alone and mixed, in any order, chunks and slots."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from adapters.base import load_base
+from server.request import FinishReason, SamplingParams
+from tests.adapters.builders import make_adapter, tiny_model
+from tests.models import ARCHITECTURES, Architecture
+from tests.parity.harness import Ask, Harness
+from tests.parity.oracle import Oracle
+
+VOCABULARY = 256
+
+ADAPTERS: dict[str, dict[str, object]] = {
+    "all": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+    "rs": {"r": 9, "lora_alpha": 5, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "patterns": {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": r".*\.(k_proj|up_proj|o_proj)",
+        "rank_pattern": {"up_proj": 7, r"layers\.1\.self_attn\.k_proj": 3},
+        "alpha_pattern": {"o_proj": 16},
+    },
+    "partial": {"r": 1, "target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1]},
+}
+
+
+@dataclass
+class Setup:
+    folder: Path
+    adapters: dict[str, Path]
+    oracle: Oracle
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    architecture: Architecture = request.param
+    root = tmp_path_factory.mktemp(architecture)
+    model = tiny_model(root / "base", architecture)
+    adapters = {
+        name: make_adapter(model, root / name, seed=seed, **config)
+        for seed, (name, config) in enumerate(ADAPTERS.items())
+    }
+    return Setup(root / "base", adapters, Oracle(root / "base", adapters))
+
+
+def harness_of(setup: Setup, folder: Path, **settings: int) -> Harness:
+    base = load_base(str(setup.folder), quantization="none", dtype="float32", device="cpu", progress=False)
+    return Harness(base, folder, setup.adapters, **settings)
+
+
+@pytest.fixture(scope="module")
+def harness(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
+    harness = harness_of(
+        setup,
+        tmp_path_factory.mktemp("store"),
+        prefill_chunk_tokens=5,
+        max_batch_tokens=40,
+        max_running_requests=32,
+        block_tokens=4,
+    )
+    yield harness
+    harness.close()
+
+
+def random_asks(count: int, seed: int) -> list[Ask]:
+    generator = random.Random(seed)
+    names = ["", *ADAPTERS]
+    return [
+        Ask(
+            prompt=tuple(
+                generator.randrange(VOCABULARY) for _ in range(generator.choice([1, 2, 5, 6, 17, 33]))
+            ),
+            adapter=names[index % len(names)],
+            max_new_tokens=generator.choice([1, 4, 12]),
+            arrival=generator.choice([0, 0, 1, 4]),
+        )
+        for index in range(count)
+    ]
+
+
+def expected(setup: Setup, ask: Ask) -> tuple[int, ...]:
+    return tuple(setup.oracle.greedy(ask.prompt, ask.adapter, ask.max_new_tokens))
+
+
+def test_base_and_adapters_differ(setup: Setup) -> None:
+    prompt = tuple(range(10, 20))
+    answers = {tuple(setup.oracle.greedy(prompt, name, 12)) for name in ["", *ADAPTERS]}
+    assert len(answers) == len(ADAPTERS) + 1
+
+
+def test_each_request_alone(setup: Setup, harness: Harness) -> None:
+    for ask in random_asks(10, seed=1):
+        alone = replace(ask, arrival=0)
+        assert harness.run([alone])[0].token_ids == expected(setup, ask)
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_all_mixed_in_one_batch_in_any_order(setup: Setup, harness: Harness, seed: int) -> None:
+    asks = random_asks(20, seed)
+    random.Random(seed).shuffle(asks)
+    before = harness.core.counters.max_adapters_in_step
+    answers = harness.run(asks)
+    assert harness.core.counters.max_adapters_in_step >= max(before, 3)
+    for ask, answer in zip(asks, answers, strict=True):
+        assert answer.token_ids == expected(setup, ask), ask
+
+
+def test_room_for_one_adapter_at_a_time_changes_no_token(setup: Setup, tmp_path: Path) -> None:
+    probe = harness_of(setup, tmp_path / "probe")
+    sizes = [probe.store.resolve(name).facts.parameter_count * 4 for name in ADAPTERS]
+    probe.close()
+    harness = harness_of(setup, tmp_path / "store", adapter_device_bytes=max(sizes), prefill_chunk_tokens=3)
+    asks = random_asks(10, seed=4)
+    for ask, answer in zip(asks, harness.run(asks), strict=True):
+        assert answer.token_ids == expected(setup, ask), ask
+    assert harness.core.residency.used_bytes <= max(sizes)
+    harness.close()
+
+
+def test_a_stop_token_ends_the_answer(setup: Setup, harness: Harness) -> None:
+    prompt = tuple(range(30, 40))
+    tokens = setup.oracle.greedy(prompt, "all", 12)
+    sampling = SamplingParams(max_new_tokens=12, stop_token_ids=frozenset({tokens[3]}))
+    answer = harness.run([Ask(prompt, "all", sampling=sampling)])[0]
+    assert list(answer.token_ids) == tokens[: tokens.index(tokens[3]) + 1]
+    assert answer.finished.reason is FinishReason.STOP
+
+
+def test_a_seeded_request_is_the_same_alone_and_among_others(harness: Harness) -> None:
+    sampling = SamplingParams(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=7)
+    mine = Ask(tuple(range(40, 50)), "rs", sampling=sampling)
+    alone = harness.run([mine])[0].token_ids
+    among = harness.run([*random_asks(10, seed=5), mine])[-1].token_ids
+    other_seed = harness.run([replace(mine, sampling=replace(sampling, seed=8))])[0].token_ids
+    assert alone == among
+    assert alone != other_seed

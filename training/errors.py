@@ -1,0 +1,28 @@
+"""Every way a training run can be refused or fail. Knows no libraries; messages are one line with the remedy.
+
+TrainingError
+├── RecipeError    a setting of the run is unknown, malformed or out of its range
+├── DataError      a row or a whole file of data cannot be used
+├── DivergedError  the loss is no number any more
+└── PublishError   the server refuses the adapter, or would refuse it
+"""
+
+
+class TrainingError(Exception):
+    """Base of all errors of a training run."""
+
+
+class RecipeError(TrainingError):
+    """A setting of the run is unknown, malformed or out of its range."""
+
+
+class DataError(TrainingError):
+    """A row or a whole file of data cannot be used."""
+
+
+class DivergedError(TrainingError):
+    """The loss is no number any more."""
+
+
+class PublishError(TrainingError):
+    """The server refuses the adapter, or would refuse it."""
