@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
@@ -108,8 +109,7 @@ def load_base(
     else:
         model = _load_model(found.folder, place, activations)
         _replace_conv1d(model)
-    model.generation_config = _generation_config(found.folder, model.config)
-    model.name_or_path = model.config._name_or_path = str(found.folder)
+    _complete(model, found.folder)
     if purpose == "serve":
         model.requires_grad_(False)
         _make_serving(model, activations, fused=dtype != "float32")
@@ -140,13 +140,13 @@ def dequantized_base(
         cache_dir=cache_dir,
         progress=progress,
     )
-    for name, module in list(base.model.named_modules()):
-        if isinstance(module, Linear4bit) or getattr(module, "source_cls", None) is Conv1D:
-            base.model.set_submodule(name, _as_saved(module))
-    if quantization == "nf4":
-        base.model.hf_quantizer.remove_quantization_config(base.model)
-    base.model.requires_grad_(False)
-    return replace(base, weight_bytes=sum(_tensor_bytes(base.model)))
+    plain = _load_model(base.folder, base.device, base.dtype)
+    _complete(plain, base.folder)
+    for name, layer in _linear4bits(base.model):
+        weight_OD, target = dequantized_weight(layer), plain.get_submodule(name)
+        target.weight.data = weight_OD.T.contiguous() if isinstance(target, Conv1D) else weight_OD
+    plain.requires_grad_(False)
+    return replace(base, model=plain, weight_bytes=sum(_tensor_bytes(plain)))
 
 
 def _device(wanted: DeviceName) -> torch.device:
@@ -175,7 +175,7 @@ def _load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
                 local_files_only=True,
                 trust_remote_code=False,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(
             f"{folder} cannot be loaded ({error}); if it is a cache folder, delete it"
         ) from error
@@ -207,21 +207,6 @@ def _linear4bits(model: nn.Module) -> list[tuple[str, Linear4bit]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
 
 
-def _as_saved(layer: Any) -> nn.Module:
-    """The float32 module that the model's own code has here: Linear, or Conv1D with a transposed weight."""
-    weight_OD = dequantized_weight(layer) if isinstance(layer, Linear4bit) else layer.weight.detach()
-    outs, ins = weight_OD.shape
-    if layer.source_cls is Conv1D:
-        plain: nn.Module = Conv1D(outs, ins)
-        plain.weight = nn.Parameter(weight_OD.T.contiguous())
-    else:
-        plain = nn.Linear(ins, outs, bias=layer.bias is not None, device="meta")
-        plain.weight = nn.Parameter(weight_OD)
-    if layer.bias is not None:
-        plain.bias = nn.Parameter(layer.bias.detach())
-    return plain
-
-
 def _replace_conv1d(model: Any) -> None:
     """GPT-2's transposed linear layers become Linear, as they do under NF4, so that adapters see one kind."""
     for name, module in list(model.named_modules()):
@@ -230,14 +215,16 @@ def _replace_conv1d(model: Any) -> None:
             plain = nn.Linear(ins, outs, device="meta")
             plain.weight = nn.Parameter(module.weight.detach().T.contiguous())
             plain.bias = module.bias
-            plain.source_cls = Conv1D  # as bitsandbytes' integration marks them
             model.set_submodule(name, plain)
 
 
-def _generation_config(folder: Path, config: Any) -> GenerationConfig:
+def _complete(model: Any, folder: Path) -> None:
+    """Gives a model what its source says of it, wherever its weights came from."""
+    model.name_or_path = model.config._name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return GenerationConfig.from_model_config(config)
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    else:
+        model.generation_config = GenerationConfig.from_model_config(model.config)
 
 
 def _describe(

@@ -1,4 +1,4 @@
-"""Adapter files on disk, by content: staged, sealed, moved into place whole, checked, taken out. Knows no names.
+"""Adapter files on disk, by content: staged, sealed, moved into place whole, checked. Knows no names.
 
 root/blobs/sha256/<64 hex>/   published files, never changed
 root/staging/<session>/…      what a living process is receiving or throwing away
@@ -20,7 +20,6 @@ from pathlib import Path
 
 from adapters.errors import (
     AdapterCorruptError,
-    AdapterError,
     AdapterNotFoundError,
     CapacityError,
     InvalidAdapterError,
@@ -38,7 +37,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class BlobFolder:
-    """The files of a store. Publishing and taking out are serialised by the caller; the rest is thread-safe."""
+    """The files of a store. One thread at a time may install and take out; all else is thread-safe."""
 
     def __init__(self, root: Path) -> None:
         """Makes the folders where they are missing and removes what dead processes left in staging."""
@@ -108,15 +107,10 @@ class BlobFolder:
 
     def fault_of(self, digest: str, files: Sequence[StoredFile]) -> str:
         """What is wrong with a blob, judged by names and sizes only; empty if nothing is."""
-        try:
-            place = self.path_of(digest)
-            found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(place)}
-        except (AdapterNotFoundError, OSError) as error:
-            return (
-                str(error)
-                if isinstance(error, AdapterNotFoundError)
-                else f"its folder cannot be read: {error.strerror}"
-            )
+        place = self._place(digest)
+        if place.is_symlink() or not place.is_dir():
+            return "its folder is missing"
+        found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(place)}
         for file in files:
             status = found.get(file.name)
             if status is None or not stat.S_ISREG(status.st_mode):
@@ -133,8 +127,10 @@ class BlobFolder:
         for file in files:
             try:
                 now = _describe(self.path_of(digest) / file.name)
-            except (AdapterError, OSError) as error:
-                raise _corrupt(digest, f"{file.name} cannot be read: {error}") from error
+            except OSError as error:
+                raise _corrupt(
+                    digest, f"{file.name} cannot be read: {os.strerror(error.errno or 0)}"
+                ) from error
             if now != file:
                 raise _corrupt(digest, f"{file.name} has SHA-256 {now.sha256} instead of {file.sha256}")
 

@@ -1,7 +1,7 @@
-"""The catalogue of a store in SQLite: which names and versions have which content. Knows no files and no rules.
+"""The catalogue of a store, in SQLite: which names and versions have which content. Knows no files, no rules.
 
-A `Content` is what lies in one blob; versions point at it by digest. A deleted version is gone at once, its content
-stays listed until its blob is removed.
+A `Content` is what lies in one blob; versions point at it by digest. A deleted version is gone at once, its
+content stays listed until its blob is removed.
 """
 
 import contextlib
@@ -54,12 +54,11 @@ CREATE TABLE aliases (
     FOREIGN KEY (name, version) REFERENCES versions ON DELETE CASCADE
 );
 CREATE INDEX aliases_by_version ON aliases (name, version);
-"""
-_RECORDS = """
-SELECT v.name, v.version, v.etag, v.pinned, v.labels, v.description, v.created_s, v.updated_s,
-       c.state, c.error, c.facts, c.files,
-       (SELECT group_concat(a.alias, ' ') FROM aliases a WHERE a.name = v.name AND a.version = v.version) AS aliases
-FROM versions v JOIN contents c ON c.digest = v.digest
+CREATE VIEW records AS
+    SELECT v.*, c.state, c.error, c.facts, c.files,
+           (SELECT group_concat(a.alias, ' ') FROM aliases a WHERE a.name = v.name AND a.version = v.version)
+               AS aliases
+    FROM versions v JOIN contents c ON c.digest = v.digest;
 """
 _BUSY_TIMEOUT_S = 10.0
 _STORAGE_CODES = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
@@ -89,22 +88,23 @@ class Rows:
         return [_content(row) for row in self._connection.execute("SELECT * FROM contents")]
 
     def is_referenced(self, digest: str) -> bool:
-        return self._value("SELECT EXISTS (SELECT 1 FROM versions WHERE digest = ?)", digest) == 1
+        return bool(self._value("SELECT EXISTS (SELECT 1 FROM versions WHERE digest = ?)", digest))
 
     def record(self, name: str, version: int) -> AdapterRecord | None:
-        return self._first(_RECORDS + "WHERE v.name = ? AND v.version = ?", name, version)
+        return self._first("SELECT * FROM records WHERE name = ? AND version = ?", name, version)
 
     def newest(self, name: str, state: AdapterState | None = None) -> AdapterRecord | None:
         return self._first(
-            _RECORDS + "WHERE v.name = ?1 AND (?2 IS NULL OR c.state = ?2) ORDER BY v.version DESC LIMIT 1",
+            "SELECT * FROM records WHERE name = ?1 AND (?2 IS NULL OR state = ?2) "
+            "ORDER BY version DESC LIMIT 1",
             name,
             state,
         )
 
     def aliased(self, name: str, alias: str) -> AdapterRecord | None:
         return self._first(
-            _RECORDS
-            + "WHERE v.name = ?1 AND v.version = (SELECT version FROM aliases WHERE name = ?1 AND alias = ?2)",
+            "SELECT * FROM records WHERE name = ?1 "
+            "AND version = (SELECT version FROM aliases WHERE name = ?1 AND alias = ?2)",
             name,
             alias,
         )
@@ -112,14 +112,14 @@ class Rows:
     def with_digest(self, digest: str, name: str | None = None) -> AdapterRecord | None:
         """The newest version with this content, of one name or of the first that has it."""
         return self._first(
-            _RECORDS
-            + "WHERE v.digest = ?1 AND (?2 IS NULL OR v.name = ?2) ORDER BY v.name, v.version DESC LIMIT 1",
+            "SELECT * FROM records WHERE digest = ?1 AND (?2 IS NULL OR name = ?2) "
+            "ORDER BY name, version DESC LIMIT 1",
             digest,
             name,
         )
 
     def versions(self, name: str) -> list[AdapterRecord]:
-        rows = self._connection.execute(_RECORDS + "WHERE v.name = ? ORDER BY v.version", (name,))
+        rows = self._connection.execute("SELECT * FROM records WHERE name = ? ORDER BY version", (name,))
         return [_record(row) for row in rows]
 
     def last_version(self, name: str) -> int:
@@ -138,13 +138,13 @@ class Rows:
     ) -> list[AdapterRecord]:
         """Records after a (name, version), in that order; all of `labels` must be there."""
         rows = self._connection.execute(
-            _RECORDS
-            + """
-            WHERE (v.name, v.version) > (?1, ?2) AND (?3 IS NULL OR v.name = ?3) AND (?4 IS NULL OR c.state = ?4)
+            """
+            SELECT * FROM records
+            WHERE (name, version) > (?1, ?2) AND (?3 IS NULL OR name = ?3) AND (?4 IS NULL OR state = ?4)
               AND NOT EXISTS (
                 SELECT 1 FROM json_each(?5) AS want WHERE NOT EXISTS (
-                  SELECT 1 FROM json_each(v.labels) AS has WHERE has.key = want.key AND has.value = want.value))
-            ORDER BY v.name, v.version LIMIT ?6
+                  SELECT 1 FROM json_each(labels) AS has WHERE has.key = want.key AND has.value = want.value))
+            ORDER BY name, version LIMIT ?6
             """,
             (*after, name, state, json.dumps(dict(labels)), limit),
         )
@@ -240,7 +240,7 @@ class Catalogue:
 
     def __init__(self, path: Path) -> None:
         with _storage_errors():
-            self._writer, self._reader = _connect(path), None
+            self._writer = _connect(path)
             _prepare(self._writer)
             self._reader = _connect(path)
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
@@ -257,7 +257,7 @@ class Catalogue:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Transaction]:
-        """One transaction, alone among all threads and processes; durable when the block ends without error."""
+        """One transaction, alone among all threads and processes; durable once the block ends well."""
         with self._write_lock, _storage_errors():
             self._writer.execute("BEGIN IMMEDIATE")
             try:
@@ -348,9 +348,10 @@ def _content(row: sqlite3.Row) -> Content:
 
 @lru_cache(maxsize=1024)  # long lists of modules, read with every request
 def _facts(text: str) -> AdapterFacts:
-    return AdapterFacts(
-        **{key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(text).items()}
-    )
+    members: dict[str, Any] = json.loads(text)
+    for field in ("target_modules", "matched_modules"):
+        members[field] = tuple(members[field])
+    return AdapterFacts(**members)
 
 
 @lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""What adapters, versions, aliases and labels may be called, and how a reference to one is read. Knows no store."""
+"""What adapters, versions, aliases and labels may be called, and how to read references. Knows no store."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _LABEL_KEY = re.compile(r"[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?")
 _VERSION = re.compile(r"[1-9][0-9]{0,9}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _DIGEST_PREFIX = "sha256"
-_NAME_RULE = "1 to 128 of a-z, 0-9, '.', '_' and '-', the first and last a letter or digit, without '..', all lower case"
+_NAME_RULE = "1 to 128 of a-z, 0-9, '.', '_' and '-', with a letter or digit at both ends and without '..'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
         raise _bad_label(f"{len(labels)} labels are too many; use at most {MAX_LABELS}")
     for key, value in labels.items():
         if not _LABEL_KEY.fullmatch(key):
-            raise _bad_label(f"{brief(key)} is no label; use 1 to 63 of a-z, 0-9, '.', '_', '-' and '/'")
+            raise _bad_label(f"{brief(key)} is no key; use up to 63 of a-z, 0-9, '.', '_', '-', '/'")
         if len(value) > MAX_LABEL_CHARS or not value.isprintable():
             raise _bad_label(f"label {key!r} must have at most {MAX_LABEL_CHARS} printable characters")
     return dict(labels)

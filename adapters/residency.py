@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.errors import AdapterError, AdapterNotFoundError, CapacityError
+from adapters.errors import AdapterCorruptError, AdapterError, AdapterNotFoundError, CapacityError
 from adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from adapters.layers import AdapterSlots
 from adapters.layout import BaseLayout
@@ -205,7 +205,11 @@ class AdapterResidency:
 
     def _load(self, digest: str) -> dict[str, LoraFactors]:
         """Runs in the loader thread: disk → checked tensors on the device, scaling folded into B."""
-        self._store.verify(digest)
+        try:
+            self._store.verify(digest)
+        except AdapterCorruptError as error:
+            self._store.mark_failed(digest, str(error))
+            raise
         folder = self._store.path_of(digest)
         spec = parse_spec((folder / CONFIG_FILE).read_bytes())
         pairs = load_pairs(folder / WEIGHTS_FILE, spec, self._layout)

@@ -1,12 +1,10 @@
-"""Published adapters: names and versions over content-addressed files. Knows the rules; no torch, no format.
+"""Published adapters: names and versions over content-addressed files. Knows no torch and no file format.
 
-A publish becomes visible in one SQL transaction, after its files are durable and in place. So a process may be
-killed at any point: what it leaves is the old state or the new, plus left-overs that the next start removes.
+A publish becomes visible in one SQL transaction, after its files are durable and in place. So a process may
+be killed at any point: it leaves the old state or the new, and left-overs that the next start removes.
 """
 
-import base64
 import contextlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,21 +12,21 @@ from types import TracebackType
 from typing import Self
 
 from adapters.blobs import BlobFolder, disk_errors
-from adapters.catalogue import Catalogue, Content, Rows, Transaction
-from adapters.errors import (
-    AdapterCorruptError,
-    AdapterError,
-    AdapterExistsError,
-    AdapterNotFoundError,
-    CapacityError,
-    InvalidAdapterError,
-    StaleEtagError,
-)
+from adapters.catalogue import Catalogue, Content, Transaction
+from adapters.errors import AdapterCorruptError, AdapterError, InvalidAdapterError
 from adapters.facts import AdapterFacts, AdapterRecord, AdapterState, StoredFile
+from adapters.lookup import (
+    check_etag,
+    doomed,
+    find,
+    free_version,
+    no_such_alias,
+    no_such_content,
+    read_token,
+    same_content,
+    token_after,
+)
 from adapters.names import (
-    MAX_VERSION,
-    AliasOf,
-    ContentOf,
     NewestOf,
     Reference,
     VersionOf,
@@ -63,8 +61,12 @@ class AdapterStore:
         with disk_errors():
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._blobs = BlobFolder(root)
-        self._catalogue = Catalogue(root / "catalogue.sqlite3")
-        self._recover()
+        try:
+            self._catalogue = Catalogue(root / "catalogue.sqlite3")
+            self._recover()
+        except BaseException:
+            self._blobs.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -99,8 +101,8 @@ class AdapterStore:
     ) -> tuple[AdapterRecord, bool]:
         """Makes a checked adapter a version of a name: durable and visible at once, or not at all.
 
-        The same content under the same name is one version: it is answered as it is, labels and all, and if its
-        files were damaged these ones replace them.
+        The same content under the same name is one version: it is answered as it is, labels and all; if its
+        files were damaged, these replace them.
 
         Args:
             staged: from `new_staging`; consumed by success, left to the caller by an error.
@@ -112,6 +114,7 @@ class AdapterStore:
 
         Raises:
             AdapterExistsError: the fixed version has other content, or was passed already.
+            AdapterCorruptError: the files are not those that `facts` were taken from.
             InvalidAdapterError: name, version, labels or description.
             CapacityError: the disk does not take it.
         """
@@ -119,20 +122,21 @@ class AdapterStore:
         if version is not None:
             check_version(version)
         labels, description = check_labels(labels), check_description(description)
-        files = self._blobs.seal(staged)
+        files = self._seal(staged, facts)
         try:
             with self._catalogue.writing() as rows:
-                existing = _same_content(rows, name, version, facts.digest)
-                number = existing.version if existing else _free_version(rows, name, version)
+                existing = same_content(rows, name, version, facts.digest)
+                number = existing.version if existing else free_version(rows, name, version)
                 self._keep(rows, staged, facts, files)
                 if existing is None:
                     rows.add_version(name, number, facts.digest, labels, description)
+                record = find(rows, VersionOf(name, number))
         except BaseException:
             self._drop_orphan(facts.digest)
             raise
         self._blobs.discard(staged)
         self._blobs.empty_trash()
-        return self._found(VersionOf(name, number)), existing is None
+        return record, existing is None
 
     def resolve(self, reference: str) -> AdapterRecord:
         """The version that a request for this reference gets now; "name" is the newest READY one.
@@ -183,11 +187,11 @@ class AdapterStore:
         limit = min(page_size, MAX_PAGE_SIZE)
         with self._catalogue.reading() as rows:
             found = rows.page(
-                after=_after(page_token), name=name, state=state, labels=labels, limit=limit + 1
+                after=read_token(page_token), name=name, state=state, labels=labels, limit=limit + 1
             )
         if len(found) <= limit:
             return found, ""
-        return found[:limit], _token_after(found[limit - 1])
+        return found[:limit], token_after(found[limit - 1])
 
     def update(
         self,
@@ -213,11 +217,11 @@ class AdapterStore:
         added = [check_alias(alias) for alias in set_aliases]
         removed = [check_alias(alias) for alias in remove_aliases]
         with self._catalogue.writing() as rows:
-            record = _one(rows, VersionOf(name, version))
-            _check_etag(record, etag)
+            record = find(rows, VersionOf(name, version))
+            check_etag(record, etag)
             for alias in removed:
-                if alias not in record.aliases or alias in added:
-                    raise AdapterNotFoundError(_no_such_alias(record, alias))
+                if alias not in record.aliases:
+                    raise no_such_alias(record, alias)
                 rows.remove_alias(name, alias)
             for alias in added:
                 rows.set_alias(name, alias, version)
@@ -225,14 +229,14 @@ class AdapterStore:
                 rows.set_pinned(name, version, pinned)
             if labels is not None:
                 rows.set_labels(name, version, check_labels(labels))
-            return _one(rows, VersionOf(name, version))
+            return find(rows, VersionOf(name, version))
 
     def delete(self, reference: str, all_versions: bool = False, etag: str | None = None) -> Digests:
         """Takes versions out of the catalogue: no new request finds them.
 
         Returns:
-            Contents that no version has any more. Their files stay until `remove_blob`, so that requests that
-            run can finish.
+            Contents that no version has any more. Their files stay until `remove_blob`, so that running
+            requests can finish.
 
         Raises:
             InvalidAdapterError: an alias or digest, a bare name with several versions, an etag for several.
@@ -240,10 +244,10 @@ class AdapterStore:
         """
         parsed = parse_reference(reference)
         with self._catalogue.writing() as rows:
-            doomed = _doomed(rows, parsed, all_versions, etag)
-            for record in doomed:
+            records = doomed(rows, parsed, all_versions, etag)
+            for record in records:
                 rows.remove_version(record.name, record.version)
-            digests = {record.facts.digest for record in doomed}
+            digests = {record.facts.digest for record in records}
             return sorted(digest for digest in digests if not rows.is_referenced(digest))
 
     def remove_blob(self, digest: str) -> None:
@@ -266,7 +270,7 @@ class AdapterStore:
         with self._catalogue.writing() as rows:
             content = rows.content(check_digest(digest))
             if content is None:
-                raise _no_content(digest)
+                raise no_such_content(digest)
             rows.put_content(replace(content, state=AdapterState.FAILED, error=error))
 
     def verify(self, digest: str) -> None:
@@ -282,12 +286,18 @@ class AdapterStore:
         with self._catalogue.reading() as rows:
             content = rows.content(check_digest(digest))
         if content is None:
-            raise _no_content(digest)
+            raise no_such_content(digest)
         return content
 
     def _found(self, parsed: Reference) -> AdapterRecord:
         with self._catalogue.reading() as rows:
-            return _one(rows, parsed)
+            return find(rows, parsed)
+
+    def _seal(self, staged: Path, facts: AdapterFacts) -> tuple[StoredFile, ...]:
+        files = self._blobs.seal(staged)
+        if sum(file.size_bytes for file in files) != facts.size_bytes:
+            raise AdapterCorruptError("the staged files changed after they were checked; upload them again")
+        return files
 
     def _keep(
         self, rows: Transaction, staged: Path, facts: AdapterFacts, files: tuple[StoredFile, ...]
@@ -302,9 +312,8 @@ class AdapterStore:
         if known is None or not is_sound:
             self._blobs.install(staged, facts.digest)
             rows.put_content(Content(facts, files, AdapterState.READY, ""))
-        elif (
-            known.facts.base_fingerprint != facts.base_fingerprint
-        ):  # checked again, against the base of today
+        elif known.facts.base_fingerprint != facts.base_fingerprint:
+            # The same content was checked again, against the base of today.
             rows.put_content(replace(known, facts=replace(facts, size_bytes=known.facts.size_bytes)))
 
     def _drop_orphan(self, digest: str) -> None:
@@ -331,105 +340,3 @@ class AdapterStore:
             for digest in set(self._blobs.digests()) - listed:
                 self._blobs.take_out(digest)
         self._blobs.empty_trash()
-
-
-def _one(rows: Rows, reference: Reference) -> AdapterRecord:
-    """The version a reference names; AdapterNotFoundError, saying what there is instead."""
-    match reference:
-        case ContentOf(digest):
-            record = rows.with_digest(digest)
-            if record is None:
-                raise _no_content(digest)
-            return record
-        case NewestOf(name):
-            record = rows.newest(name)
-        case VersionOf(name, version):
-            record = rows.record(name, version)
-        case AliasOf(name, alias):
-            record = rows.aliased(name, alias)
-    if record is not None:
-        return record
-    versions = rows.versions(name)
-    if not versions:
-        raise AdapterNotFoundError(f"there is no adapter {name!r}; list the adapters to see which there are")
-    if isinstance(reference, AliasOf):
-        raise AdapterNotFoundError(_no_such_alias(versions[-1], reference.alias))
-    raise AdapterNotFoundError(f"adapter {name!r} has no such version; its newest is {versions[-1].version}")
-
-
-def _same_content(rows: Rows, name: str, version: int | None, digest: str) -> AdapterRecord | None:
-    """The version that has this content already, if that is what the caller asks for."""
-    if version is None:
-        return rows.with_digest(digest, name)
-    record = rows.record(name, version)
-    if record is not None and record.facts.digest != digest:
-        raise AdapterExistsError(
-            f"{record.reference} has other content, {record.facts.digest}; publish without a version for the next one"
-        )
-    return record
-
-
-def _free_version(rows: Rows, name: str, version: int | None) -> int:
-    last = rows.last_version(name)
-    if version is not None and version <= last:
-        raise AdapterExistsError(
-            f"version {version} of {name!r} was passed or deleted, and numbers are never used again; "
-            f"use {last + 1} or more, or leave it unset"
-        )
-    if last >= MAX_VERSION:
-        raise CapacityError(f"{name!r} has used up its version numbers; publish under another name")
-    return last + 1 if version is None else version
-
-
-def _doomed(rows: Rows, reference: Reference, all_versions: bool, etag: str | None) -> list[AdapterRecord]:
-    if all_versions:
-        if not isinstance(reference, NewestOf):
-            raise _not_deletable("all versions are deleted by the bare name")
-        if etag is not None:
-            raise _not_deletable("an etag guards one version; delete that one by name@version")
-        _one(rows, reference)
-        return rows.versions(reference.name)
-    if isinstance(reference, AliasOf | ContentOf):
-        raise _not_deletable("a version is deleted by name@version, not by an alias or a digest")
-    record = _one(rows, reference)
-    count = len(rows.versions(record.name))
-    if isinstance(reference, NewestOf) and count > 1:
-        raise _not_deletable(
-            f"{reference.name!r} has {count} versions; name one with name@version, or ask for all"
-        )
-    _check_etag(record, etag)
-    return [record]
-
-
-def _check_etag(record: AdapterRecord, etag: str | None) -> None:
-    if etag is not None and etag != record.etag:
-        raise StaleEtagError(f"{record.reference} changed since its etag was read; read it again and repeat")
-
-
-def _token_after(record: AdapterRecord) -> str:
-    return base64.urlsafe_b64encode(json.dumps([record.name, record.version]).encode()).decode()
-
-
-def _after(page_token: str) -> tuple[str, int]:
-    if not page_token:
-        return "", 0
-    try:
-        name, version = json.loads(base64.b64decode(page_token, altchars="-_", validate=True))
-        return check_name(name), check_version(version)
-    except (ValueError, TypeError, AdapterError):
-        raise InvalidAdapterError(
-            "this page_token was not given by this server; start again without one", reason="BAD_PAGE_TOKEN"
-        ) from None
-
-
-def _no_such_alias(record: AdapterRecord, alias: str) -> str:
-    there = f"it has {', '.join(record.aliases)}" if record.aliases else "it has none"
-    return f"{record.reference} has no alias {alias!r}; {there}"
-
-
-def _no_content(digest: str) -> AdapterNotFoundError:
-    return AdapterNotFoundError(f"no adapter has the digest {digest}")
-
-
-def _not_deletable(why: str) -> InvalidAdapterError:
-    return InvalidAdapterError(why, reason="BAD_REFERENCE")

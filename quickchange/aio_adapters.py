@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 from quickchange import answers, requests
@@ -181,4 +181,9 @@ def _on_this_loop(progress: Progress) -> Progress:
     """The same, to be called from another thread."""
     if isinstance(progress, bool):
         return progress
-    return partial(asyncio.get_running_loop().call_soon_threadsafe, progress)
+    loop = asyncio.get_running_loop()
+
+    def report(sent_bytes: int, total_bytes: int) -> None:
+        loop.call_soon_threadsafe(progress, sent_bytes, total_bytes)
+
+    return report

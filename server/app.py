@@ -252,8 +252,8 @@ class Server:
 def _open_store(settings: ServerSettings) -> AdapterStore:
     try:
         return AdapterStore(settings.store.root)
-    except OSError as error:
-        raise StartError(f"--store {settings.store.root}: cannot be used: {error.strerror}") from None
+    except AdapterError as error:
+        raise StartError(f"--store {settings.store.root}: {error}") from None
 
 
 def _load_base(settings: ServerSettings) -> Base:

@@ -60,19 +60,19 @@ class EngineCore:
         self.counters = StepCounters()
         self._metrics = metrics
         self._eos_token_ids = base.eos_token_ids
-        self._runner = ModelRunner(base)
+        self.runner = ModelRunner(base)
         context = min(base.max_context_tokens, settings.max_context_tokens or base.max_context_tokens)
         budgets = plan_memory(
             settings,
-            kv_bytes_per_token=self._runner.kv_bytes_per_token,
+            kv_bytes_per_token=self.runner.kv_bytes_per_token,
             max_context_tokens=context,
             device=base.device,
         )
-        self._runner.allocate_cache(budgets.block_count, budgets.block_tokens)
+        self.runner.allocate_cache(budgets.block_count, budgets.block_tokens)
         self.residency = AdapterResidency(
             store,
             base.layout,
-            self._runner.slots,
+            self.runner.slots,
             device=base.device,
             dtype=base.dtype,
             budget_bytes=budgets.adapter_bytes,
@@ -153,7 +153,7 @@ class EngineCore:
         If the pass fails, its rows run one by one, and one that fails even alone ends its own request only.
         """
         try:
-            logits_SV = self._runner.run(batch)
+            logits_SV = self.runner.run(batch)
         except Exception:
             log.exception("a step failed; its %d rows run again one by one", len(batch.rows))
         else:
@@ -163,7 +163,7 @@ class EngineCore:
         parts = [torch.empty(0, self.vocab_size)]
         for row in batch.rows:
             try:
-                parts.append(self._runner.run(Batch((row,))).cpu())
+                parts.append(self.runner.run(Batch((row,))).cpu())
                 survivors.append(row)
             except Exception as error:
                 log.exception("request failed request_id=%s", row.sequence.request.request_id)
@@ -204,7 +204,7 @@ class EngineCore:
     def _retire(self, generation: Generation, reason: str, code: str) -> None:
         sequence, request = generation.sequence, generation.request
         if code != "OK":  # it may have written anything, seen or not
-            self._runner.scrub(sequence.blocks)
+            self.runner.scrub(sequence.blocks)
         self.scheduler.finish(sequence)
         del self._generations[sequence]
         self.counters.count_request()

@@ -39,7 +39,7 @@ class ModelRunner:
     def allocate_cache(self, block_count: int, block_tokens: int) -> None:
         """Makes room for so many blocks of keys and values."""
         self._block_tokens = block_tokens
-        self._cache = KVCache(
+        self.cache = KVCache(
             self.layer_shapes, block_count, block_tokens, dtype=self.dtype, device=self._device
         )
 
@@ -51,7 +51,7 @@ class ModelRunner:
         self.slots.head_routing.segments = _segments(
             (row.sequence.slot, 1) for row in batch.rows if row.samples
         )
-        step = PagedStep(self._plan(batch), self._cache.layers)
+        step = PagedStep(self._plan(batch), self.cache.layers)
         output = self._model(
             input_ids=self._tensor(token_ids)[None],
             position_ids=self._tensor(positions)[None],
@@ -66,7 +66,7 @@ class ModelRunner:
         """Zeroes blocks that may hold values that are not finite: masking alone does not keep those out."""
         if blocks:
             index = self._tensor(blocks)
-            for layer in self._cache.layers.values():
+            for layer in self.cache.layers.values():
                 layer.k_NSKE.index_fill_(0, index, 0.0)
                 layer.v_NSKE.index_fill_(0, index, 0.0)
 

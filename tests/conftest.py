@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-# Before torch and the hub client are imported: pools of spinning threads on two cores stand in each other's way,
-# and no test may depend on what a hub happens to answer.
+# Before torch and the hub client are imported: pools of spinning threads on two cores block each other, and
+# no test may depend on what a hub happens to answer.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -1,8 +1,8 @@
 """Owns the way from rows to token ids and batches: rendering, masks, padding. Knows no model.
 
-Every row but plain text is a chat, rendered by the base's chat template up to where the answer begins, just as
-the server renders a chat: the model sees the same tokens in training and in service. Only the answer is learned,
-and after it the token that ends it.
+Every row but plain text is a chat, rendered by the base's chat template up to where the answer begins, just
+as the server renders a chat: the model sees the same tokens in training and in service. Only the answer is
+learned, and after it the token that ends it.
 """
 
 import hashlib

@@ -1,13 +1,14 @@
 """Owns the adapter in training: PEFT on a frozen base, and what makes that fast and right. Knows no data.
 
-The base is the one that is served, in bitsandbytes' Linear4bit; gradients flow through its dequantised weights
-without changing them. The adapter is held in float32: it is small, and its updates are smaller still.
+The base is the one that is served, in bitsandbytes' Linear4bit; gradients flow through its dequantised
+weights without changing them. The adapter is held in float32: it is small, and its updates are smaller still.
 
 R rank, D in-features, O out-features.
 """
 
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -18,8 +19,9 @@ from torch import nn
 
 from adapters.base import Base
 from adapters.bnb import Linear4bit
+from adapters.layout import BaseLayout
 from training.errors import RecipeError
-from training.recipe import ALL_LINEAR, Recipe
+from training.recipe import Recipe
 
 _PROBE_SHAPE: Final = (512, 576, 1536)  # rows, D, O: a batch of short rows in a small model
 _PROBE_REPEATS: Final = 5
@@ -33,46 +35,62 @@ OPTIMIZERS: Final = {
 
 
 @contextmanager
-def attached(base: Base, recipe: Recipe) -> Iterator[PeftModel]:
+def attached(base: Base, recipe: Recipe, products: torch.dtype) -> Iterator[PeftModel]:
     """The base with a new adapter on it, ready to train; afterwards the base is as it was.
+
+    Args:
+        products: type of the matrix products around 4-bit weights.
 
     Raises:
         RecipeError: target_modules names nothing in this base.
     """
     base.model.requires_grad_(False)
     try:
-        model = get_peft_model(base.model, lora_config(recipe))
+        with warnings.catch_warnings():  # PEFT asks by a name that transformers has renamed
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            model = get_peft_model(base.model, lora_config(recipe, base.layout))
     except ValueError as error:  # PEFT found no module of that name, or one that is not linear
         raise RecipeError(f"target_modules is {recipe.target_modules!r}: {error}") from None
-    with _chosen_products(base, recipe), _contiguous_head(base.model), _checkpointed(base, recipe):
+    with _products_in(base, products), _contiguous_head(base.model), _checkpointed(base, recipe):
         try:
             yield model
         finally:
             model.unload()
-            del base.model.peft_config
             base.model.requires_grad_(False)
             base.model.eval()
 
 
-def lora_config(recipe: Recipe) -> LoraConfig:
+def lora_config(recipe: Recipe, layout: BaseLayout) -> LoraConfig:
     """What PEFT is asked for: nothing but low-rank updates of linear modules."""
-    targets = recipe.target_modules
     return LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.effective_alpha,
         lora_dropout=recipe.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=target_modules(recipe, layout),
         use_rslora=recipe.method == "rslora",
         bias="none",
         task_type="CAUSAL_LM",
     )
 
 
+def target_modules(recipe: Recipe, layout: BaseLayout) -> list[str]:
+    """Names of the modules to adapt, the shortest that mean exactly them.
+
+    PEFT would write the full name of every layer's modules for "all-linear".
+    """
+    if isinstance(recipe.target_modules, tuple):
+        return list(recipe.target_modules)
+    inner = [name for name in layout.modules if name != layout.head]
+    short = sorted({name.rpartition(".")[2] for name in inner})
+    head_is_apart = layout.head is None or layout.head.rpartition(".")[2] not in short
+    return short if head_is_apart else inner
+
+
 def optimizer_name(recipe: Recipe, device: torch.device) -> str:
     """The optimizer in transformers' words.
 
-    Measured on two CPU cores, an adapter of 2.4 M parameters, milliseconds per step: see docs/guides/training.md.
-    A CPU has nothing to page, and 8-bit states cost more time there than the memory they save is worth.
+    A CPU has nothing to page, and 8-bit states cost more time there than the memory they save is worth;
+    docs/guides/training.md has the figures.
     """
     if recipe.optimizer != "auto":
         return OPTIMIZERS[recipe.optimizer]
@@ -85,27 +103,26 @@ def takes_logits_to_keep(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _chosen_products(base: Base, recipe: Recipe) -> Iterator[None]:
+def _products_in(base: Base, dtype: torch.dtype) -> Iterator[None]:
     """Sets the type of the frozen layers' products, and puts the old one back."""
     layers = [module for module in base.model.modules() if isinstance(module, Linear4bit)]
     before = [layer.compute_dtype for layer in layers]
-    chosen = products_dtype(recipe, base.device)
     for layer in layers:
         # A repacked weight would give wrong gradients without a word.
         assert not layer.support_avx512bf16_for_cpu, "load the base with purpose='train'"
-        layer.compute_dtype = chosen
+        layer.compute_dtype = dtype
     try:
         yield
     finally:
-        for layer, dtype in zip(layers, before, strict=True):
-            layer.compute_dtype = dtype
+        for layer, old in zip(layers, before, strict=True):
+            layer.compute_dtype = old
 
 
 def products_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     """Type of the matrix products around 4-bit weights.
 
-    On a CPU "auto" measures: with AVX512-BF16 some processors multiply bfloat16 at twice the speed of float32,
-    others at half of it, and no flag tells which.
+    On a CPU "auto" measures: with AVX512-BF16 some processors multiply bfloat16 twice as fast as float32,
+    others half as fast, and no flag tells which.
     """
     if recipe.products != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[recipe.products]
@@ -150,12 +167,3 @@ def _checkpointed(base: Base, recipe: Recipe) -> Iterator[None]:
         yield
     finally:
         base.model.gradient_checkpointing_disable()
-
-
-def describe_targets(recipe: Recipe) -> str:
-    """The target modules in words."""
-    targets = recipe.target_modules
-    return targets if isinstance(targets, str) else ", ".join(targets)
-
-
-assert ALL_LINEAR == "all-linear"  # what PEFT calls every linear layer but the head

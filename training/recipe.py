@@ -97,7 +97,7 @@ class Recipe:
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    target_modules: Literal["all-linear"] | tuple[str, ...] = ALL_LINEAR
     epochs: float = 3.0
     max_steps: int | None = None
     learning_rate: float = 2e-4
@@ -123,8 +123,7 @@ class Recipe:
             _check_choice(field, getattr(self, field), choices)
         for field, (kind, low, high) in _RANGES.items():
             _check_number(field, getattr(self, field), kind, low, high)
-        if not self.target_modules:
-            raise RecipeError(f"target_modules is empty; give {ALL_LINEAR!r} or names of modules")
+        _check_targets(self.target_modules)
         if self.publish is not None and not self.name:
             raise RecipeError(f"publish is {self.publish}, but no name is given; say what to call it there")
 
@@ -187,9 +186,17 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
 def _converted(name: str, value: Any) -> Any:
     if name in _PATHS:
         return Path(value).expanduser()
-    if name == "target_modules" and isinstance(value, list):
+    if name == "target_modules" and isinstance(value, list):  # YAML and flags know no tuples
         return tuple(value)
     return value
+
+
+def _check_targets(value: object) -> None:
+    names = value if isinstance(value, tuple) else ()
+    if value != ALL_LINEAR and not (names and all(isinstance(name, str) and name for name in names)):
+        raise RecipeError(
+            f"target_modules is {value!r}, must be {ALL_LINEAR} or names of modules such as q_proj, v_proj"
+        )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 from server.engine import Engine
 from server.errors import InvalidRequestError, UnsupportedFeatureError
 from server.services import convert
-from server.services.catalogue import Catalogue
+from server.services.catalogue import Catalogue, Changes
 from server.services.ingest import UploadDesk
 from server.services.workers import Workers
 
@@ -62,7 +62,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: Context
     ) -> adapters_pb2.GetAdapterResponse:
-        record = await self._catalogue.resolve(request.adapter)
+        record = await self._catalogue.get(request.adapter)
         return adapters_pb2.GetAdapterResponse(adapter=self._message(record))
 
     async def ListAdapters(
@@ -85,7 +85,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def UpdateAdapter(
         self, request: adapters_pb2.UpdateAdapterRequest, context: Context
     ) -> adapters_pb2.UpdateAdapterResponse:
-        record = await self._catalogue.update(request)
+        record = await self._catalogue.update(request.adapter, _changes_of(request))
         log.info("adapter updated adapter=%s digest=%s", record.reference, record.facts.digest)
         return adapters_pb2.UpdateAdapterResponse(adapter=self._message(record))
 
@@ -108,7 +108,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def UnloadAdapter(
         self, request: adapters_pb2.UnloadAdapterRequest, context: Context
     ) -> adapters_pb2.UnloadAdapterResponse:
-        record = await self._catalogue.resolve(request.adapter)
+        record = await self._catalogue.get(request.adapter)
         gone = await self._engine.unload(record.facts.digest)
         return adapters_pb2.UnloadAdapterResponse(
             adapter=convert.adapter(record, "disk" if gone else "device")
@@ -165,6 +165,16 @@ def _state_of(request: adapters_pb2.ListAdaptersRequest) -> AdapterState | None:
     if request.state not in known:
         raise InvalidRequestError("state", f"is {request.state}; adapters here are READY or FAILED")
     return known[request.state]
+
+
+def _changes_of(request: adapters_pb2.UpdateAdapterRequest) -> Changes:
+    return Changes(
+        etag=request.etag if request.HasField("etag") else None,
+        set_aliases=tuple(request.set_aliases),
+        remove_aliases=tuple(request.remove_aliases),
+        pinned=request.pinned if request.HasField("pinned") else None,
+        labels=dict(request.labels.values) if request.HasField("labels") else None,
+    )
 
 
 def _download_chunk(index: int, offset: int, data: bytes) -> adapters_pb2.DownloadAdapterResponse:

@@ -21,7 +21,6 @@ from server.services.uploads import (
     TooManyUploadsError,
     UploadPlan,
     UploadStalledError,
-    disk_errors,
     plan_of,
 )
 from server.services.workers import Workers
@@ -155,15 +154,14 @@ class UploadDesk:
         facts = validate_adapter(folder, self._layout, max_rank=self._max_rank)
         if plan.validate_only:
             return Ingested(plan, facts, None, created=False)
-        with disk_errors():
-            record, created = self._store.publish(
-                plan.name,
-                folder,
-                facts,
-                version=plan.version,
-                labels=plan.labels,
-                description=plan.description,
-            )
+        record, created = self._store.publish(
+            plan.name,
+            folder,
+            facts,
+            version=plan.version,
+            labels=plan.labels,
+            description=plan.description,
+        )
         log.info("adapter published adapter=%s digest=%s created=%s", record.reference, facts.digest, created)
         return Ingested(plan, facts, record, created)
 

@@ -3,11 +3,10 @@
 Memory does not grow with the upload: each chunk is checked, hashed and written before the next one is read.
 """
 
-import errno
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -15,9 +14,11 @@ from typing import Final
 
 import google_crc32c
 
+from adapters.blobs import disk_errors
 from adapters.bundle import MAX_BUNDLE_BYTES
 from adapters.errors import AdapterCorruptError, CapacityError, UploadOffsetError
 from adapters.files import BUNDLE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from adapters.names import check_description, check_labels, check_name, check_version
 from adapters.spec import MAX_CONFIG_BYTES
 from quickchange.v1 import adapters_pb2
 from server.config import MIB
@@ -29,7 +30,6 @@ _REQUIRED_FILES: Final = (CONFIG_FILE, WEIGHTS_FILE)
 _ALLOWED_FILES: Final = (*_REQUIRED_FILES, BUNDLE_FILE)
 _JSON_LIMITS: Final = {CONFIG_FILE: MAX_CONFIG_BYTES, BUNDLE_FILE: MAX_BUNDLE_BYTES}
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
-_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 class TooManyUploadsError(QueueFullError):
@@ -55,7 +55,7 @@ class DeclaredFile:
 
 @dataclass(frozen=True, slots=True)
 class UploadPlan:
-    """A header that passed its checks; name, labels and description are the store's to check."""
+    """A header that passed its checks."""
 
     name: str
     version: int | None
@@ -72,19 +72,17 @@ class UploadPlan:
 def plan_of(header: adapters_pb2.UploadHeader, max_upload_bytes: int) -> UploadPlan:
     """
     Raises:
-        InvalidRequestError: naming the field.
+        InvalidRequestError, InvalidAdapterError: naming what is wrong.
         CapacityError: the upload is larger than this server takes.
     """
     plan = UploadPlan(
-        name=header.name,
-        version=header.version if header.HasField("version") else None,
+        name=check_name(header.name),
+        version=check_version(header.version) if header.HasField("version") else None,
         files=tuple(_declared(file, index) for index, file in enumerate(header.files)),
         validate_only=header.validate_only,
-        labels=dict(header.labels),
-        description=header.description,
+        labels=check_labels(header.labels),
+        description=check_description(header.description),
     )
-    if plan.version == 0:
-        raise InvalidRequestError("header.version", "is 0, must be at least 1, or unset for the next one")
     names = [file.name for file in plan.files]
     if len(set(names)) != len(names) or not set(_REQUIRED_FILES) <= set(names):
         raise InvalidRequestError(
@@ -205,16 +203,3 @@ def _write_all(sink: FileIO, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[sink.write(rest) :]
-
-
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """Tells a full disk from what is ours to look into."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_SPACE:
-            raise
-        raise CapacityError(
-            "the store's disk is full; delete adapters or give it more room", reason="DISK_FULL"
-        ) from error

@@ -13,7 +13,15 @@ from server.config import EngineSettings
 from server.core import EngineCore
 from server.generation import Generation
 from server.metrics import Metrics
-from server.request import AdapterIdentity, Delta, Failed, Finished, Request, SamplingParams
+from server.request import (
+    AdapterIdentity,
+    Delta,
+    Failed,
+    Finished,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+)
 from server.stream import RequestStream
 
 DEADLINE_S = 120.0
@@ -34,6 +42,7 @@ class Ask:
 class Answer:
     token_ids: tuple[int, ...]
     text: str
+    logprobs: tuple[TokenLogprob, ...]
     finished: Finished
 
 
@@ -58,7 +67,7 @@ class Harness:
 
     def run(self, asks: Sequence[Ask]) -> list[Answer]:
         """Runs all requests to their ends and returns their answers in the order asked."""
-        generations = [self._generation(ask) for ask in asks]
+        generations = [self.generation_of(ask) for ask in asks]
         parts: dict[int, list[Delta]] = {id(g.stream): [] for g in generations}
         ends: dict[int, Finished] = {}
         step, deadline_s = 0, time.monotonic() + DEADLINE_S
@@ -79,6 +88,7 @@ class Harness:
             Answer(
                 tuple(t for delta in parts[id(g.stream)] for t in delta.token_ids),
                 "".join(delta.text for delta in parts[id(g.stream)]),
+                tuple(logprob for delta in parts[id(g.stream)] for logprob in delta.logprobs),
                 ends[id(g.stream)],
             )
             for g in generations
@@ -89,10 +99,12 @@ class Harness:
         self.store.close()
         self._loop.close()
 
-    def _generation(self, ask: Ask) -> Generation:
+    def generation_of(self, ask: Ask) -> Generation:
         sampling = ask.sampling or SamplingParams(max_new_tokens=ask.max_new_tokens)
         adapter = self.identities[ask.adapter] if ask.adapter else None
-        request = Request("test", ask.prompt, sampling, adapter)
+        return self.generation(Request("test", ask.prompt, sampling, adapter))
+
+    def generation(self, request: Request) -> Generation:
         stream = RequestStream(self._loop, lambda: None)
-        total = min(len(ask.prompt) + sampling.max_new_tokens, self.core.max_context_tokens)
-        return Generation(request, stream, self.core.decoder, total)
+        total = len(request.prompt_token_ids) + request.sampling.max_new_tokens
+        return Generation(request, stream, self.core.decoder, min(total, self.core.max_context_tokens))

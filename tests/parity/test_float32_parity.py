@@ -10,7 +10,7 @@ import pytest
 from adapters.base import load_base
 from server.request import FinishReason, SamplingParams
 from tests.adapters.builders import make_adapter, tiny_model
-from tests.models import ARCHITECTURES, Architecture
+from tests.models import ARCHITECTURES, Architecture, rewrite_config
 from tests.parity.harness import Ask, Harness
 from tests.parity.oracle import Oracle
 
@@ -140,3 +140,18 @@ def test_a_seeded_request_is_the_same_alone_and_among_others(harness: Harness) -
     other_seed = harness.run([replace(mine, sampling=replace(sampling, seed=8))])[0].token_ids
     assert alone == among
     assert alone != other_seed
+
+
+def test_a_sliding_window_forgets_what_the_oracle_forgets(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "base", "mistral")
+    adapter = make_adapter(model, tmp_path / "a", r=4)
+    long = Ask(tuple(range(10, 50)), "a", 12)
+    answers = {}
+    for window in (None, 6):
+        rewrite_config(tmp_path / "base", sliding_window=window)
+        setup = Setup(tmp_path / "base", {"a": adapter}, Oracle(tmp_path / "base", {"a": adapter}))
+        harness = harness_of(setup, tmp_path / f"store{window}", prefill_chunk_tokens=5, block_tokens=4)
+        answers[window] = harness.run([long, replace(long, adapter="")])[0].token_ids
+        assert answers[window] == expected(setup, long)
+        harness.close()
+    assert answers[None] != answers[6]

@@ -1,0 +1,7 @@
+"""`python -m quickchange`."""
+
+import sys
+
+from quickchange.cli import main
+
+sys.exit(main())

@@ -1,0 +1,48 @@
+"""`quickchange info`: what a server serves and how full it is. Knows no gRPC."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from quickchange.commands.options import add_command, add_json_option, add_server_options, open_client
+from quickchange.commands.output import print_facts, print_json, size
+from quickchange.types import ServerInfo
+
+if TYPE_CHECKING:
+    from quickchange.commands.options import Subparsers
+
+_EXAMPLES = """\
+  quickchange info
+  quickchange info --server 10.0.0.5:50051 --json"""
+
+
+def add_parser(subparsers: "Subparsers") -> None:
+    parser = add_command(subparsers, "info", "show what a server serves and how full it is", _EXAMPLES)
+    add_json_option(parser)
+    add_server_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    with open_client(args) as client:
+        info = client.server_info()
+    if args.json:
+        print_json(info)
+    else:
+        print_facts(_facts(info))
+    return 0
+
+
+def _facts(info: ServerInfo) -> dict[str, str]:
+    limits, now, steps = info.limits, info.capacity, info.steps
+    return {
+        "base": f"{info.base_model} ({info.quantization}, {info.dtype} on {info.device})",
+        "fingerprint": info.base_fingerprint,
+        "version": info.version,
+        "context": f"{limits.max_context_tokens} tokens",
+        "requests": f"{now.requests_running} of {limits.max_running_requests} running, "
+        f"{now.requests_waiting} of {limits.max_waiting_requests} waiting",
+        "cache": f"{now.kv_tokens_free} of {now.kv_tokens_total} tokens free",
+        "adapters": f"{size(now.adapter_device_bytes_used)} of {size(now.adapter_device_bytes_total)} on the "
+        f"device; rank up to {limits.max_adapter_rank}, {size(limits.max_upload_bytes)} per upload",
+        "steps": f"{steps.steps}, of which {steps.mixed_steps} mixed adapters "
+        f"(up to {steps.max_adapters_in_step} at once); {steps.tokens_computed} tokens",
+    }

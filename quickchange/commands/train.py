@@ -1,0 +1,121 @@
+"""`quickchange train`: a recipe from the command line, then the run. Imports torch only to run."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from quickchange.commands.failure import MISUSED, CommandError, needs_extra
+from quickchange.commands.options import add_command, add_json_option, add_progress_option, progress_of
+from quickchange.commands.output import print_json
+
+if TYPE_CHECKING:
+    from quickchange.commands.options import Subparsers
+    from training.recipe import Recipe
+
+_EXAMPLES = """\
+  quickchange train --data rows.jsonl --out ./sql-lora
+  quickchange train --base ./model --data rows.jsonl --out ./lora --rank 8 --epochs 1 --eval-fraction 0.1
+  quickchange train --config recipe.yaml --out ./lora --publish 127.0.0.1:50051 --name sql
+
+a row of data is {"prompt", "completion"}, {"messages": […]}, {"instruction", "input", "output"} or {"text"};
+whatever is left out is the file's, else the default"""
+
+
+class _Flag(NamedTuple):
+    """A field of the recipe; its range and its default are the recipe's own."""
+
+    name: str
+    kind: Callable[[str], Any]
+    metavar: str
+    help: str
+
+
+def _modules(text: str) -> str | tuple[str, ...]:
+    names = tuple(name for name in text.split(",") if name)
+    return text if names == ("all-linear",) else names
+
+
+_FLAGS = (
+    _Flag("data", Path, "FILE", "rows to learn from, as JSON lines"),
+    _Flag("out", Path, "DIR", "the adapter's folder; must not exist"),
+    _Flag("base", str, "SOURCE", "folder, GGUF file, hub id, or smollm2 (smollm2)"),
+    _Flag(
+        "method",
+        str,
+        "NAME",
+        "qlora, rslora (both on the NF4 base), or lora (on the unquantised one) (qlora)",
+    ),
+    _Flag("rank", int, "R", "width of the update (16)"),
+    _Flag("alpha", float, "A", "weight of the update (twice the rank)"),
+    _Flag("dropout", float, "P", "of the adapter's input (0)"),
+    _Flag("target_modules", _modules, "NAMES", "all-linear, or module names with commas (all-linear)"),
+    _Flag("epochs", float, "N", "passes over the data (3)"),
+    _Flag("max_steps", int, "N", "stop after so many optimizer steps"),
+    _Flag("learning_rate", float, "X", "at the end of the warm-up (2e-4)"),
+    _Flag("schedule", str, "NAME", "cosine, linear or constant (cosine)"),
+    _Flag("warmup_ratio", float, "P", "part of the steps in which the rate rises (0.05)"),
+    _Flag("batch_size", int, "N", "rows in one forward pass (8)"),
+    _Flag("gradient_accumulation", int, "N", "forward passes of one step (1)"),
+    _Flag("max_length", int, "N", "tokens of a row; longer ones are cut (1024)"),
+    _Flag("weight_decay", float, "X", "of the adapter's weights (0)"),
+    _Flag("max_gradient_norm", float, "X", "longer gradients are shortened (1)"),
+    _Flag("optimizer", str, "NAME", "auto, adamw, adamw_8bit or paged_adamw_8bit (auto)"),
+    _Flag("products", str, "TYPE", "of the frozen layers: auto, bfloat16 or float32 (auto)"),
+    _Flag("eval_fraction", float, "P", "part of the rows that is held out (0)"),
+    _Flag("evals_per_epoch", int, "N", "how often their loss is measured (1)"),
+    _Flag("seed", int, "N", "of weights, split and order (0)"),
+    _Flag("device", str, "NAME", "auto, cpu or cuda (auto)"),
+    _Flag("publish", str, "HOST:PORT", "upload the adapter to this server"),
+    _Flag("name", str, "NAME", "what it is called there"),
+)
+
+
+def add_parser(subparsers: "Subparsers") -> None:
+    parser = add_command(subparsers, "train", "train an adapter", _EXAMPLES)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a recipe, as YAML; flags win over it")
+    for flag in _FLAGS:
+        parser.add_argument(
+            f"--{flag.name.replace('_', '-')}", type=flag.kind, metavar=flag.metavar, help=flag.help
+        )
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compute activations twice to keep fewer (no)",
+    )
+    add_progress_option(parser)
+    add_json_option(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    with needs_extra("train"):
+        from adapters.errors import AdapterError, BaseModelError
+        from training.errors import TrainingError
+        from training.train import train
+    recipe = _recipe(args)
+    try:
+        result = train(recipe, progress=progress_of(args))
+    except (TrainingError, AdapterError, BaseModelError) as error:
+        raise CommandError(str(error)) from error
+    if args.json:
+        print_json(result)
+    else:
+        print(f"{result.out}: loss {result.fit.final_loss:.4f} after {result.fit.steps} steps")
+        if result.published is not None:
+            print(f"published as {result.published}")
+    return 0
+
+
+def _recipe(args: argparse.Namespace) -> "Recipe":
+    from training.errors import RecipeError
+    from training.recipe import Recipe
+
+    names = [*(flag.name for flag in _FLAGS), "gradient_checkpointing"]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    try:
+        if args.config is not None:
+            return Recipe.from_file(args.config, given)
+        return Recipe.from_mapping(given, source="the command line")
+    except RecipeError as error:
+        raise CommandError(str(error), MISUSED) from error

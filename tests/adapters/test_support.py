@@ -1,0 +1,86 @@
+"""Which architectures are served, decided by what they are; every refusal says why."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from adapters.errors import BaseNotFoundError, UnsupportedBaseError
+from adapters.support import supported_config
+from tests.models import ARCHITECTURES, Architecture, build_tiny_model, rewrite_config
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_decoders_are_served(architecture: Architecture, tmp_path: Path) -> None:
+    assert supported_config(build_tiny_model(tmp_path, architecture)).model_type == architecture
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", "gpt_neox", "phi", "phi3", "opt", "gemma2", "olmo2", "starcoder2"]
+)
+def test_more_decoders_are_served(model_type: str, tmp_path: Path) -> None:
+    assert supported_config(_config(tmp_path, model_type)).model_type == model_type
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("t5", "encoder-decoder"),
+        ("mamba", "layers keep more than keys and values"),
+        ("jamba", "layers keep more than keys and values"),
+        ("qwen3_next", "layers keep more than keys and values"),
+        ("rwkv", "recurrent state"),
+        ("bloom", "AttentionInterface"),
+        ("bert", "looks ahead"),
+        ("mixtral", "experts.gate_up_proj is a fused"),
+        ("gemma3", "multimodal"),
+        ("vit", "no causal language model"),
+    ],
+)
+def test_others_are_refused_with_the_reason(model_type: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedBaseError, match=reason):
+        supported_config(_config(tmp_path, model_type))
+
+
+def test_models_that_bring_code_are_refused_and_the_code_is_not_run(tmp_path: Path) -> None:
+    canary = tmp_path / "ran"
+    (tmp_path / "modeling.py").write_text(f"open({str(canary)!r}, 'w')")
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "brand-new", "auto_map": {"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"}}'
+    )
+    with pytest.raises(UnsupportedBaseError, match="code from a model folder is never run"):
+        supported_config(tmp_path)
+    assert not canary.exists()
+
+
+def test_code_beside_a_known_architecture_is_not_run(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path)
+    canary = tmp_path / "ran"
+    (folder / "modeling.py").write_text(f"open({str(canary)!r}, 'w')")
+    rewrite_config(folder, auto_map={"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"})
+    assert supported_config(folder).model_type == "llama"
+    assert not canary.exists()
+
+
+def test_a_quantised_source_is_refused(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path)
+    rewrite_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UnsupportedBaseError, match=r"already quantised \(gptq\).*16-bit"):
+        supported_config(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '"llama"'])
+def test_a_broken_configuration_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BaseNotFoundError, match=r"config\.json"):
+        supported_config(tmp_path)
+
+
+def _config(folder: Path, model_type: str) -> Path:
+    """A configuration alone; its model never gets weights."""
+    small: dict[str, Any] = {"num_hidden_layers": 2}
+    if model_type == "gemma3":
+        small = {}
+    AutoConfig.for_model(model_type, **small).save_pretrained(folder)
+    return folder

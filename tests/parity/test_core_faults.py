@@ -1,0 +1,185 @@
+"""What happens in a batch when one of its requests goes wrong: the others' tokens do not change."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adapters.base import load_base
+from adapters.errors import AdapterCorruptError
+from adapters.store import AdapterStore
+from adapters.validate import validate_adapter
+from server.batch import Batch
+from server.errors import AdapterLoadError, DeadlineError, RequestFailedError
+from server.request import AdapterIdentity, Failed, Finished, FinishReason, Request, SamplingParams
+from tests.adapters.builders import make_adapter, tiny_model
+from tests.parity.harness import Ask, Harness
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Iterator[Harness]:
+    model = tiny_model(tmp_path / "base")
+    adapters = {name: make_adapter(model, tmp_path / name, seed=i) for i, name in enumerate("ab")}
+    base = load_base(
+        str(tmp_path / "base"), quantization="none", dtype="float32", device="cpu", progress=False
+    )
+    harness = Harness(base, tmp_path / "store", adapters, block_tokens=4, kv_bytes=2**20)
+    yield harness
+    harness.close()
+
+
+def good_asks() -> list[Ask]:
+    return [Ask(tuple(range(5, 12)), name, 20) for name in ("", "a", "b")]
+
+
+def run_with(harness: Harness, request: Request, asks: list[Ask]) -> tuple[list[Any], Any]:
+    """Runs the asks beside one more request; returns their token ids and that request's last event."""
+    victim = harness.generation(request)
+    generations = [harness.generation_of(ask) for ask in asks]
+    for generation in [victim, *generations]:
+        harness.core.add(generation)
+    last, deadline_s = None, time.monotonic() + 60
+    while not harness.core.is_empty:
+        assert time.monotonic() < deadline_s
+        harness.core.step()
+        for stream, event in harness.core.take_events():
+            if stream is victim.stream:
+                last = event
+    return [generation.sequence.output_ids for generation in generations], last
+
+
+def test_an_adapter_with_nan_spoils_nobody_else(harness: Harness, tmp_path: Path) -> None:
+    """Forced past every check, and its blocks reused afterwards."""
+    asks = good_asks()
+    expected = [list(answer.token_ids) for answer in harness.run(asks)]
+    identity = publish_poison(harness.store, tmp_path / "a", tmp_path / "b")
+    poison = Request("poison", tuple(range(20)), SamplingParams(max_new_tokens=8), identity)
+    for _ in range(3):
+        tokens, last = run_with(harness, poison, asks)
+        assert tokens == expected
+        assert isinstance(last, Failed)
+        assert isinstance(last.error, RequestFailedError)
+    for layer in harness.core.runner.cache.layers.values():
+        assert torch.isfinite(layer.k_NSKE).all()
+        assert torch.isfinite(layer.v_NSKE).all()
+
+
+def publish_poison(store: AdapterStore, good: Path, victim: Path) -> AdapterIdentity:
+    """Publishes NaN under the facts of a good adapter, as if the check had missed it."""
+    facts = store.resolve("b").facts
+    tensors = load_file(victim / "adapter_model.safetensors")
+    staged = store.new_staging()
+    (staged / "adapter_config.json").write_bytes((victim / "adapter_config.json").read_bytes())
+    save_file(
+        {k: torch.full_like(v, float("nan")) for k, v in tensors.items()},
+        staged / "adapter_model.safetensors",
+    )
+    fake = "sha256:" + "f" * 64
+    record, _ = store.publish("poison", staged, type(facts)(**{**_fields(facts), "digest": fake}))
+    return AdapterIdentity("poison", record.version, fake)
+
+
+def _fields(facts: Any) -> dict[str, Any]:
+    return {name: getattr(facts, name) for name in facts.__dataclass_fields__}
+
+
+def test_a_forward_pass_that_fails_for_one_request_fails_that_one_only(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asks = good_asks()
+    expected = [list(answer.token_ids) for answer in harness.run(asks)]
+    original = harness.core.runner.run
+
+    def run(batch: Batch) -> torch.Tensor:
+        if any(row.sequence.request.request_id == "victim" for row in batch.rows):
+            raise RuntimeError("out of memory")
+        return original(batch)
+
+    monkeypatch.setattr(harness.core.runner, "run", run)
+    tokens, last = run_with(harness, Request("victim", (1, 2, 3)), asks)
+    assert tokens == expected
+    assert isinstance(last, Failed)
+    assert isinstance(last.error, RequestFailedError)
+
+
+def test_a_damaged_adapter_fails_its_requests_only(harness: Harness) -> None:
+    identity = harness.identities["a"]
+    path = harness.store.path_of(identity.digest) / "adapter_model.safetensors"
+    path.chmod(0o600)
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    tokens, last = run_with(harness, Request("r", (1, 2, 3), adapter=identity), [Ask((1, 2, 3), "b", 5)])
+    assert len(tokens[0]) == 5
+    assert isinstance(last, Failed)
+    assert isinstance(last.error, AdapterLoadError)
+    assert isinstance(last.error.cause, AdapterCorruptError)
+
+
+def test_a_deadline_ends_a_request_and_gives_everything_back(harness: Harness) -> None:
+    identity = harness.identities["a"]
+    request = Request(
+        "late",
+        (1, 2, 3),
+        SamplingParams(max_new_tokens=400, ignore_eos=True),
+        identity,
+        deadline_s=time.monotonic() + 0.05,
+    )
+    _, last = run_with(harness, request, good_asks())
+    assert isinstance(last, Failed)
+    assert isinstance(last.error, DeadlineError)
+    assert harness.core.scheduler.blocks.used_ratio == 0
+    assert harness.core.residency.evict(identity.digest), "no reference may be left"
+
+
+def test_cancel_takes_effect_within_one_step(harness: Harness) -> None:
+    generation = harness.generation_of(Ask((1, 2, 3), "a", 400))
+    harness.core.add(generation)
+    while generation.sequence.output_length < 3:
+        harness.core.step()
+    harness.core.take_events()
+    harness.core.cancel(generation.sequence)
+    harness.core.cancel(generation.sequence)  # harmless
+    events = [event for _, event in harness.core.take_events()]
+    assert len(events) == 1
+    assert isinstance(events[0], Finished)
+    assert events[0].reason is FinishReason.CANCELLED
+    assert harness.core.scheduler.blocks.used_ratio == 0
+    assert not harness.core.step()
+
+
+def test_forget_waits_for_running_requests(harness: Harness) -> None:
+    digest = harness.identities["a"].digest
+    generation = harness.generation_of(Ask((1, 2, 3), "a", 10))
+    harness.core.add(generation)
+    while not generation.sequence.output_length:
+        harness.core.step()
+    done: list[bool] = []
+    harness.core.forget(digest, lambda: done.append(True))
+    harness.core.step()
+    assert not done
+    while not harness.core.is_empty:
+        harness.core.step()
+    harness.core.step()
+    assert done
+    assert not harness.core.residency.is_resident(digest)
+
+
+def test_an_adapter_larger_than_all_room_is_refused(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "base")
+    path = make_adapter(model, tmp_path / "a")
+    base = load_base(
+        str(tmp_path / "base"), quantization="none", dtype="float32", device="cpu", progress=False
+    )
+    harness = Harness(base, tmp_path / "store", {"a": path}, adapter_device_bytes=64)
+    request = Request("r", (1, 2, 3), adapter=harness.identities["a"])
+    tokens, last = run_with(harness, request, [Ask((1, 2, 3), "", 5)])
+    assert len(tokens[0]) == 5
+    assert isinstance(last, Failed)
+    assert "--adapter-device-bytes" in str(last.error)
+    assert validate_adapter(path, base.layout, max_rank=8).digest == harness.identities["a"].digest
+    harness.close()
