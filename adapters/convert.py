@@ -34,7 +34,7 @@ def convert_gguf(file: Path, folder: Path, *, progress: bool) -> None:
         try:
             model = _load_model(file)
             tokenizer = _load_tokenizer(file, metadata)
-        except (ValueError, NotImplementedError, KeyError) as error:
+        except Exception as error:  # what it cannot read, transformers meets with many types
             raise UnsupportedBaseError(
                 f"{file.name} (architecture {metadata.get('general.architecture')!r}) cannot be converted: "
                 f"{error}; give the original safetensors folder"

@@ -115,7 +115,7 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
         raise _bad_label(f"{len(labels)} labels are too many; use at most {MAX_LABELS}")
     for key, value in labels.items():
         if not _LABEL_KEY.fullmatch(key):
-            raise _bad_label(f"{brief(key)} is no key; use up to 63 of a-z, 0-9, '.', '_', '-', '/'")
+            raise _bad_label(f"{brief(key)} is no label key; use up to 63 of a-z, 0-9 and '._-/'")
         if len(value) > MAX_LABEL_CHARS or not value.isprintable():
             raise _bad_label(f"label {key!r} must have at most {MAX_LABEL_CHARS} printable characters")
     return dict(labels)

@@ -18,6 +18,9 @@ from adapters.errors import UnsupportedBaseError
 from adapters.fingerprint import read_config
 
 _SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+# transformers recomputes these frequencies from the longest sequence of the batch: a request would change its
+# neighbours' answers.
+_ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
 
 
 def supported_config(folder: Path) -> Any:
@@ -61,6 +64,14 @@ def _config_faults(config: Any) -> Iterator[str]:
     other_layers = set(getattr(config, "layer_types", None) or ()) - _SERVED_LAYER_TYPES
     if other_layers:
         yield f"its layers keep more than keys and values ({', '.join(sorted(other_layers))})"
+    if _rope_types(config) & _ROPE_BY_LENGTH:
+        yield "its rotary positions depend on the longest sequence of a batch"
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Kinds of rotary positions; a configuration has one for all layers, or one for each type of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {entry.get("rope_type", "default") for entry in [rope, *rope.values()] if isinstance(entry, dict)}
 
 
 def _model_faults(config: Any) -> Iterator[str]:

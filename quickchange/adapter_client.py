@@ -33,6 +33,7 @@ class AdapterClient:
         description: str = "",
         validate_only: bool = False,
         progress: Progress = False,
+        retries: int = 0,
         timeout_s: float | None = None,
     ) -> UploadResult:
         """Uploads the adapter in a folder; it can be asked for as soon as this returns.
@@ -41,6 +42,7 @@ class AdapterClient:
             version: None for the next one. A fixed one must be free, or hold this very content.
             validate_only: runs every check and publishes nothing.
             progress: True for a bar on standard error, or a function of bytes sent and bytes in all.
+            retries: how often to come back when the server has too many uploads, after the time it asks for.
         """
         plan = UploadPlan.of(Path(directory))
         header = plan.header(
@@ -51,7 +53,7 @@ class AdapterClient:
                 self._stub.UploadAdapter,
                 lambda: _sending(plan, header, report),
                 # The same content is the same version, so sending all of it again does no harm.
-                self._calls.endpoint.attempts(repeatable=True, timeout_s=timeout_s),
+                self._calls.endpoint.attempts(repeatable=True, timeout_s=timeout_s, retries=retries),
             )
         return answers.upload_result(response)
 

@@ -39,6 +39,7 @@ class AsyncAdapterClient:
         description: str = "",
         validate_only: bool = False,
         progress: Progress = False,
+        retries: int = 0,
         timeout_s: float | None = None,
     ) -> UploadResult:
         """Uploads the adapter in a folder; it can be asked for as soon as this returns.
@@ -47,6 +48,7 @@ class AsyncAdapterClient:
             version: None for the next one. A fixed one must be free, or hold this very content.
             validate_only: runs every check and publishes nothing.
             progress: True for a bar on standard error, or a function of bytes sent and bytes in all.
+            retries: how often to come back when the server has too many uploads, after the time it asks for.
         """
         # grpc.aio replaces a status that comes before all is sent by one of its own ("Internal error from
         # Core"), and hashing needs a thread anyway: so the blocking client does it.
@@ -61,6 +63,7 @@ class AsyncAdapterClient:
                 description=description,
                 validate_only=validate_only,
                 progress=_on_this_loop(progress),
+                retries=retries,
                 timeout_s=timeout_s,
             )
         finally:

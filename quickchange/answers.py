@@ -213,7 +213,7 @@ def _logprobs(messages: Iterable[inference_pb2.TokenLogprob]) -> tuple[types.Tok
 
 
 def _seconds(duration: Duration) -> float:
-    return duration.seconds + duration.nanos * 1e-9
+    return duration.seconds + duration.nanos / 1e9
 
 
 def _time(timestamp: Timestamp) -> datetime:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from quickchange import __version__
-from quickchange.commands import adapters, chat, demo, generate, info, merge, serve, train
+from quickchange.commands import adapters, chat, generate, info, merge, serve, train
 from quickchange.commands.failure import FAILED, CommandError
 from quickchange.errors import QuickchangeError
 
@@ -15,7 +15,6 @@ INTERRUPTED = 130
 PIPE_CLOSED = 141
 
 COMMANDS: Mapping[str, ModuleType] = {
-    "demo": demo,
     "serve": serve,
     "generate": generate,
     "chat": chat,

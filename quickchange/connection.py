@@ -22,6 +22,8 @@ from quickchange.errors import (
 DEFAULT_TARGET = "127.0.0.1:50051"
 DRAINING = "DRAINING"
 
+_REMEDY = "start one with `quickchange serve`, or correct the address"
+
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 2.0
@@ -91,6 +93,7 @@ class Endpoint:
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         now_s = time.monotonic()
         return Attempts(
+            target=self.target,
             repeatable=repeatable,
             refusals_left=retries,
             retry_until_s=now_s + self.retry_window_s,
@@ -106,12 +109,16 @@ class Endpoint:
         """
         deadline_s = time.monotonic() + timeout_s
         try:
-            yield Attempts(repeatable=True, refusals_left=0, retry_until_s=deadline_s, deadline_s=deadline_s)
+            yield Attempts(
+                target=self.target,
+                repeatable=True,
+                refusals_left=0,
+                retry_until_s=deadline_s,
+                deadline_s=deadline_s,
+            )
         except (DeadlineExceededError, UnavailableError) as error:
             raise DeadlineExceededError(
-                f"no server answered at {self.target} within {timeout_s:g} s; start one with "
-                "`quickchange serve`, or correct the address",
-                reason=NO_CONNECTION,
+                f"no server answered at {self.target} within {timeout_s:g} s; {_REMEDY}", reason=NO_CONNECTION
             ) from error
 
 
@@ -123,6 +130,7 @@ class Attempts:
     one that the server refused before it ran (queue full, draining) only as often as the caller asked for.
     """
 
+    target: str
     repeatable: bool
     refusals_left: int
     retry_until_s: float
@@ -139,19 +147,25 @@ class Attempts:
         Raises:
             QuickchangeError: the given one, if there is to be no next attempt.
         """
-        delay_s = self._backoff_s()
+        now_s, delay_s, goes_on = time.monotonic(), self._backoff_s(), False
         if _refused(error) and self.refusals_left > 0:
             self.refusals_left -= 1
             delay_s = max(delay_s, error.retry_after_s or 0.0)
-        elif not self._may_repeat(error) or time.monotonic() + delay_s > self.retry_until_s:
-            raise error
-        if self.deadline_s is not None and time.monotonic() + delay_s >= self.deadline_s:
-            raise error
+            goes_on = True
+        elif self._may_repeat(error):
+            goes_on = now_s + delay_s <= self.retry_until_s
+        if not goes_on or (self.deadline_s is not None and now_s + delay_s >= self.deadline_s):
+            raise self._final(error)
         self._failures += 1
         return delay_s
 
     def _may_repeat(self, error: QuickchangeError) -> bool:
         return isinstance(error, UnavailableError) and (self.repeatable or error.reason == NO_CONNECTION)
+
+    def _final(self, error: QuickchangeError) -> QuickchangeError:
+        if error.reason != NO_CONNECTION:
+            return error
+        return UnavailableError(f"no server answers at {self.target}; {_REMEDY}", reason=NO_CONNECTION)
 
     def _backoff_s(self) -> float:
         longest_s: float = min(FIRST_DELAY_S * 2**self._failures, LONGEST_DELAY_S)

@@ -184,10 +184,7 @@ def from_rpc(error: grpc.RpcError) -> QuickchangeError:
     call = cast(grpc.Call, error)  # every RpcError that a stub raises is also a Call
     code, message = call.code().name, call.details() or ""
     if code == "UNAVAILABLE" and message.startswith(_NEVER_CONNECTED):
-        return UnavailableError(
-            f"no server answers ({message}); start one with `quickchange serve`, or correct the address",
-            reason=NO_CONNECTION,
-        )
+        return UnavailableError(f"no server answers: {message}", reason=NO_CONNECTION)
     if code == "DEADLINE_EXCEEDED" and message == _DEADLINE_HERE:
         return DeadlineExceededError("the time-out passed before the answer was complete; allow more time")
     details = _Details.of(_rich_status(call))

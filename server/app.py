@@ -29,6 +29,7 @@ from quickchange.v1 import (
 from server.chat import PromptEncoder
 from server.config import MIB, ServerSettings
 from server.engine import Engine
+from server.memory import OutOfMemoryAtStartError
 from server.metrics import Metrics, MetricsEndpoint
 from server.request import Failed, Request, SamplingParams
 from server.services.adapters import AdapterService
@@ -73,7 +74,7 @@ def serve(settings: ServerSettings) -> int:
         store = _open_store(settings)
         base = _load_base(settings)
         return asyncio.run(Server(settings, base, store).run())
-    except (StartError, BaseModelError, AdapterError) as error:
+    except (StartError, BaseModelError, AdapterError, OutOfMemoryAtStartError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -3,8 +3,10 @@
 K key/value heads, H query heads, E head dimension, T tokens of the batch.
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -56,7 +58,7 @@ class KVCache:
         device: torch.device,
     ) -> None:
         def zeros(heads: int, width: int) -> Tensor:
-            return torch.zeros(block_count, block_tokens, heads, width, dtype=dtype, device=device)
+            return _zeros((block_count, block_tokens, heads, width), dtype, device)
 
         self.layers = {
             index: LayerCache(
@@ -64,6 +66,14 @@ class KVCache:
             )
             for index, shape in shapes.items()
         }
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU the memory is taken page by page as it is written, since most of a cache never is."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = numpy.zeros(math.prod(shape) * dtype.itemsize, dtype=numpy.uint8)  # calloc; torch.zeros would write
+    return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 def bytes_per_token(shapes: dict[int, LayerShape], dtype: torch.dtype) -> int:

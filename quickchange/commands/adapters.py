@@ -11,6 +11,7 @@ from quickchange.commands.options import (
     add_command,
     add_json_option,
     add_progress_option,
+    add_retries_option,
     add_server_options,
     label,
     open_client,
@@ -83,6 +84,7 @@ def _add_push(actions: "Subparsers") -> None:
     parser.add_argument("--description", default="", metavar="TEXT", help="a line for people")
     parser.add_argument("--validate-only", action="store_true", help="run every check, publish nothing")
     add_progress_option(parser)
+    add_retries_option(parser)
     add_json_option(parser)
     add_server_options(parser)
 
@@ -173,6 +175,7 @@ def _push(client: "Client", args: argparse.Namespace) -> None:
         description=args.description,
         validate_only=args.validate_only,
         progress=progress_of(args),
+        retries=args.retries,
     )
     if not args.validate_only:
         for alias in args.alias:

@@ -5,7 +5,13 @@ import sys
 from typing import TYPE_CHECKING, cast
 
 from quickchange.commands.failure import MISUSED, CommandError
-from quickchange.commands.options import add_command, add_json_option, add_server_options, open_client
+from quickchange.commands.options import (
+    add_command,
+    add_json_option,
+    add_retries_option,
+    add_server_options,
+    open_client,
+)
 from quickchange.commands.output import plain, print_json, print_json_line
 from quickchange.requests import ChatMessage, GenerateOptions, Prompt
 
@@ -34,13 +40,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser.add_argument("--chat", action="store_true", help="PROMPT is a user's message in a chat")
     parser.add_argument("--system", metavar="TEXT", help="the system's message before it (with --chat)")
     parser.add_argument("--stream", action="store_true", help="print the answer as it is produced")
-    parser.add_argument(
-        "--retries",
-        type=int,
-        default=0,
-        metavar="N",
-        help="how often to come back when the server is full (default: %(default)s)",
-    )
+    add_retries_option(parser)
     add_json_option(parser)
     add_server_options(parser)
 

@@ -90,10 +90,10 @@ def add_parser(subparsers: "Subparsers") -> None:
 
 def run(args: argparse.Namespace) -> int:
     with needs_extra("train"):
+        recipe = _recipe(args)  # before torch is there, so that a typo shows at once
         from adapters.errors import AdapterError, BaseModelError
         from training.errors import TrainingError
         from training.train import train
-    recipe = _recipe(args)
     try:
         result = train(recipe, progress=progress_of(args))
     except (TrainingError, AdapterError, BaseModelError) as error:

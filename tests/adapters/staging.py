@@ -1,11 +1,16 @@
 """Adapters for tests of the store, which knows no format: any bytes will do. No torch."""
 
 import hashlib
+import os
 from pathlib import Path
+from typing import Any
 
 from adapters.facts import AdapterFacts, AdapterRecord
 from adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from adapters.store import AdapterStore
+
+# Where files cost no disk, for tests that open stores hundreds of times; None is the usual temporary folder.
+IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def digest_of(content: str) -> str:
@@ -37,3 +42,15 @@ def stage(store: AdapterStore, content: str) -> Path:
 
 def publish(store: AdapterStore, name: str, content: str, version: int | None = None) -> AdapterRecord:
     return store.publish(name, stage(store, content), facts_of(content), version=version)[0]
+
+
+def references(store: AdapterStore, **filters: Any) -> list[str]:
+    return [record.reference for record in store.list(**filters)[0]]
+
+
+def snapshot(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def staged_by_anyone(root: Path) -> list[str]:
+    return [str(path) for path in (root / "staging").glob("*/*")]

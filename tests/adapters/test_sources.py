@@ -151,10 +151,11 @@ def _write_tokenizer(writer: gguf.GGUFWriter, split: str, size: int) -> None:
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(split)
+    by_id[size - 1] = "zq"
     writer.add_token_list([by_id.get(index, f"<unused{index}>") for index in range(size)])
     special = [gguf.TokenType.NORMAL if index < 256 else gguf.TokenType.CONTROL for index in range(size)]
     writer.add_token_types(special)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["z q"])
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
@@ -259,7 +260,7 @@ def test_smollm2_facts(smollm2_base: Any) -> None:
 
 
 def test_smollm2_tokenizer_is_the_original(smollm2_base: Any) -> None:
-    """Pinned against the tokenizer.json that was published with the model."""
+    """As published: single digits, then GPT-2's words; the special tokens; the chat template."""
     tokenizer = smollm2_base.tokenizer
     assert tokenizer.tokenize("In 2024, it's 1234.5!") == [
         *("In", "Ġ", "2", "0", "2", "4", ",", "Ġit", "'s", "Ġ", "1", "2", "3", "4", ".", "5", "!")
@@ -268,7 +269,9 @@ def test_smollm2_tokenizer_is_the_original(smollm2_base: Any) -> None:
     assert tokenizer.special_tokens_map == special | {"pad_token": "<|im_end|>"}
     assert len(tokenizer.added_tokens_decoder) == 17
     assert all(token.special for token in tokenizer.added_tokens_decoder.values())
-    assert tokenizer.encode("<|im_start|>user\nhi<|im_end|>") == [1, 4093, 198, 5112, 2]
+    assert tokenizer.encode("<|im_start|>user\n<|im_end|>") == [1, 4093, 198, 2]
+    for text in ("  Grüße, 東京!\n\tdef f(x): return x**2", "<|im_start|>a"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False
     )
@@ -278,7 +281,7 @@ def test_smollm2_tokenizer_is_the_original(smollm2_base: Any) -> None:
     )
 
 
-def test_smollm2_against_bitsandbytes_itself(smollm2_base: Any, smollm2_cache: Path) -> None:
+def test_smollm2_served_is_close_to_exact(smollm2_base: Any, smollm2_cache: Path) -> None:
     exact = load_base("smollm2", dtype="float32", device="cpu", cache_dir=smollm2_cache, progress=False)
     prompt = smollm2_base.tokenizer(
         "The quick brown fox jumps over the lazy dog", return_tensors="pt"

@@ -1,5 +1,6 @@
 """Which architectures are served, decided by what they are; every refusal says why."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,22 @@ def test_others_are_refused_with_the_reason(model_type: str, reason: str, tmp_pa
         supported_config(_config(tmp_path, model_type))
 
 
+@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+def test_scaled_positions_are_served(rope_type: str, tmp_path: Path) -> None:
+    folder = _with_rope(tmp_path, rope_type)
+    assert supported_config(folder).rope_parameters["rope_type"] == rope_type
+
+
+def test_positions_that_depend_on_the_batch_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedBaseError, match="longest sequence of a batch"):
+        supported_config(_with_rope(tmp_path, "dynamic"))
+
+
 def test_models_that_bring_code_are_refused_and_the_code_is_not_run(tmp_path: Path) -> None:
     canary = tmp_path / "ran"
     (tmp_path / "modeling.py").write_text(f"open({str(canary)!r}, 'w')")
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "brand-new", "auto_map": {"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"}}'
-    )
+    brought = {"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "brand-new", "auto_map": brought}))
     with pytest.raises(UnsupportedBaseError, match="code from a model folder is never run"):
         supported_config(tmp_path)
     assert not canary.exists()
@@ -83,4 +94,10 @@ def _config(folder: Path, model_type: str) -> Path:
     if model_type == "gemma3":
         small = {}
     AutoConfig.for_model(model_type, **small).save_pretrained(folder)
+    return folder
+
+
+def _with_rope(folder: Path, rope_type: str) -> Path:
+    build_tiny_model(folder)
+    rewrite_config(folder, rope_parameters={"rope_type": rope_type, "factor": 2.0, "rope_theta": 1e4})
     return folder

@@ -127,9 +127,12 @@ def test_a_reader_that_never_reads_costs_nobody_anything(server: ServerProcess, 
         client.generate(PROMPT, max_new_tokens=64, ignore_eos=True)
         memory_kib = server.memory_kib
         unread = stub.GenerateStream(inference_pb2.GenerateStreamRequest(request=request))
-        eventually(lambda: client.server_info().capacity.requests_running == 1)
-        answers = [client.generate(PROMPT, max_new_tokens=16, ignore_eos=True) for _ in range(20)]
-        assert len({answer.token_ids for answer in answers}) == 1
+        tokens_before = client.server_info().steps.tokens_computed
+        answers = set()
+        while client.server_info().steps.tokens_computed < tokens_before + 2000:
+            answers.add(client.generate(PROMPT, max_new_tokens=4, ignore_eos=True).token_ids)
+        assert len(answers) == 1
+        assert client.server_info().capacity.requests_running == 1
         assert server.memory_kib - memory_kib < 100 * 1024
         unread.cancel()
     wait_until_idle(client)
@@ -160,12 +163,13 @@ def test_a_bad_neighbour_does_not_change_a_stream(client: Client, pushed: Mappin
 
 
 def test_other_calls_answer_while_a_long_prompt_is_tokenized(client: Client) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        slow = [pool.submit(client.tokenize, "x" * (1 << 20)) for _ in range(2)]
-        slowest_s = 0.0
-        while not all(future.done() for future in slow):
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(client.tokenize, "x" * (1 << 20))
+        waits_s = []
+        while not slow.done():
             began_s = time.monotonic()
             client.server_info()
-            slowest_s = max(slowest_s, time.monotonic() - began_s)
-        assert all(len(future.result().token_ids) == 1 << 20 for future in slow)
-    assert slowest_s < 1.0
+            waits_s.append(time.monotonic() - began_s)
+        assert len(slow.result().token_ids) == 1 << 20
+    assert len(waits_s) > 5
+    assert sorted(waits_s)[len(waits_s) // 2] < 0.2

@@ -2,8 +2,6 @@
 
 import signal
 import socket
-import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from quickchange import (
     AdapterState,
+    DataLossError,
     Delta,
     FailedPreconditionError,
     Finished,
@@ -25,6 +24,8 @@ from quickchange import (
     Started,
     UnavailableError,
 )
+from server.app import serve
+from server.config import settings_from
 from tests.e2e.conftest import SMALL
 from tests.e2e.process import ServerProcess, eventually, running
 
@@ -92,7 +93,7 @@ def test_sigterm_finishes_what_runs_and_admits_nothing(own_server: StartServer) 
     with server.client() as client, grpc.insecure_channel(server.grpc) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=NAMES[0]))
         assert next(watch).status == SERVING
-        stream = client.stream(PROMPT, max_new_tokens=3000, ignore_eos=True)
+        stream = client.stream(PROMPT, max_new_tokens=1000, ignore_eos=True)
         assert isinstance(next(stream), Started)
         server.signal(signal.SIGTERM)
         assert next(watch).status == NOT_SERVING
@@ -101,12 +102,13 @@ def test_sigterm_finishes_what_runs_and_admits_nothing(own_server: StartServer) 
         assert caught.value.reason == "DRAINING"
         events = list(stream)
         assert isinstance(events[-1], Finished)
-        assert sum(len(event.token_ids) for event in events if isinstance(event, Delta)) == 3000
+        assert sum(len(event.token_ids) for event in events if isinstance(event, Delta)) == 1000
         assert server.wait() == 0
         assert list(watch) == []  # ended, not cut
     assert len(server.stdout) == 1
 
 
+@pytest.mark.slow
 def test_the_grace_has_an_end(own_server: StartServer) -> None:
     server = own_server(grpc__drain_grace_s=0.5)
     with server.client() as client:
@@ -160,13 +162,15 @@ def test_kill_and_restart_serve_every_adapter_again(
         for reference in ("a@1", "a:prod", "c"):
             assert client.generate(PROMPT, adapter=reference, max_new_tokens=8).token_ids == before[reference]
         assert client.adapters.get("c").pinned
-        with pytest.raises(FailedPreconditionError):
+        with pytest.raises(FailedPreconditionError) as found_out:
             client.generate(PROMPT, adapter=digest, max_new_tokens=8)
-        eventually(lambda: client.adapters.get("b@1").state is AdapterState.FAILED)
-        assert client.adapters.get("b@1").error
-        with pytest.raises(FailedPreconditionError) as caught:
+        assert found_out.value.metadata == {"cause": "CHECKSUM_MISMATCH"}
+        failed = client.adapters.get("b@1")
+        assert failed.state is AdapterState.FAILED
+        assert "SHA-256" in failed.error
+        with pytest.raises(DataLossError) as known:
             client.generate(PROMPT, adapter="b@1", max_new_tokens=8)
-        assert caught.value.reason == "ADAPTER_NOT_READY"
+        assert known.value.reason == "ADAPTER_FAILED"
         client.drain()
         assert again.wait() == 0
 
@@ -220,45 +224,42 @@ def test_a_dead_engine_ends_streams_and_the_process(base: Path, tmp_path: Path) 
         assert server.wait(20) == 1
 
 
-def failing(base: Path, store: Path, tmp_path: Path, **settings: object) -> str:
+def failing(capsys: pytest.CaptureFixture[str], base: Path, store: Path, **flags: object) -> str:
     """The one line of a server that cannot start."""
-    server = ServerProcess(base, store, {name.replace("__", "."): value for name, value in settings.items()})
-    try:
-        assert server.wait(60) == 1
-        assert server.stdout == []
-        (line,) = [line for line in server.stderr if line.startswith("error: ")]
-        assert "Traceback" not in server.log
-        return line
-    finally:
-        server.close()
+    given = {"base": str(base), "store": str(store), "port": 0, "metrics_port": 0, "quantization": "none"}
+    assert serve(settings_from(given | flags, {})) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    return line
 
 
-def test_a_base_that_is_not_there(tmp_path: Path) -> None:
-    line = failing(tmp_path / "nothing", tmp_path / "store", tmp_path)
+def test_a_base_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = failing(capsys, tmp_path / "nothing", tmp_path / "store")
     assert str(tmp_path / "nothing") in line
 
 
-def test_a_store_that_cannot_be_used(base: Path, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_used(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "store").write_text("a file")
-    line = failing(base, tmp_path / "store", tmp_path)
-    assert str(tmp_path / "store") in line
+    line = failing(capsys, base, tmp_path / "store")
+    assert f"--store {tmp_path / 'store'}: " in line
 
 
-def test_a_taken_port(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["port", "metrics_port"])
+def test_a_taken_port(base: Path, tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        flags = ["--base", str(base), "--store", str(tmp_path / "store"), "--metrics-port", "0"]
-        done = subprocess.run(
-            [sys.executable, "-m", "quickchange", "serve", *flags, "--port", str(port)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert (
-        f"error: cannot listen on 127.0.0.1:{port}: Address already in use; give another --port"
-        in done.stderr
+        line = failing(capsys, base, tmp_path / "store", **{flag: port})
+    name = f"--{flag.replace('_', '-')}"
+    assert line == (
+        f"error: cannot listen on 127.0.0.1:{port}: Address already in use; give another {name}, "
+        "0 picks a free one"
     )
+    assert not (tmp_path / "store").exists()  # found out before anything else was done
+
+
+def test_an_address_of_somebody_else(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = failing(capsys, base, tmp_path / "store", host="192.0.2.1", port=50051)
+    assert line.startswith("error: cannot listen on 192.0.2.1:50051: ")

@@ -14,7 +14,7 @@ import quickchange
 from quickchange import AdapterDirectoryError, AdapterMethod, AdapterState, Client, DataLossError, Residency
 from quickchange.upload import CHUNK_BYTES
 from quickchange.v1 import adapters_pb2
-from tests.quickchange.scripted import DIGEST, Script, downloaded, rich
+from tests.quickchange.scripted import DIGEST, Script, downloaded, queue_full, rich
 
 Messages = list[adapters_pb2.DownloadAdapterResponse]
 
@@ -138,6 +138,14 @@ def test_push_is_sent_again_whole_when_the_server_comes_back(
     assert client.adapters.push(folder, "sql").created
     assert len(script.requests) == 2
     assert script.uploads[-1][0].HasField("header")
+
+
+def test_push_waits_for_its_turn_if_asked(client: Client, script: Script, folder: Path) -> None:
+    script.failures = [queue_full(0.01)]
+    with pytest.raises(quickchange.ResourceExhaustedError):
+        client.adapters.push(folder, "sql")
+    script.failures = [queue_full(0.01)]
+    assert client.adapters.push(folder, "sql", retries=1).created
 
 
 @pytest.mark.parametrize("change", [b"", b"x" * 1_300_001])

@@ -1,0 +1,157 @@
+"""Kills a process inside the store, at every system call and SQL statement, and looks at what is left.
+
+Run as a program, so that the processes it forks have neither torch nor threads:
+`python -m tests.adapters.killing OPERATION FOLDER` prints one line of JSON.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from adapters.store import AdapterState, AdapterStore
+from tests.adapters.staging import digest_of, facts_of, publish, stage
+
+# What changes a disk, or says that it did. A process is killed before and after each of them.
+EFFECTS = frozenset(
+    {
+        "execute",
+        "fchmod",
+        "flock",
+        "fsync",
+        "mkdir",
+        "open",
+        "rename",
+        "replace",
+        "rmdir",
+        "unlink",
+        "write_text",
+    }
+)
+
+
+def prepare(root: Path) -> None:
+    """A store with something in it of every kind."""
+    with AdapterStore(root) as store:
+        publish(store, "sql", "one")
+        publish(store, "sql", "two")
+        publish(store, "sql", "broken")
+        publish(store, "other", "one")
+        store.update("sql", 1, set_aliases=["prod"])
+        store.mark_failed(digest_of("broken"), "bit rot")
+        publish(store, "gone", "gone")
+        store.delete("gone")
+    orphan = root / "blobs/sha256" / ("0" * 64)
+    orphan.mkdir()
+    (orphan / "adapter_config.json").write_text("{}")
+
+
+def delete_and_remove(store: AdapterStore) -> None:
+    for digest in store.delete("sql@2"):
+        store.remove_blob(digest)
+
+
+def publish_and_point(store: AdapterStore) -> None:
+    store.publish("new", stage(store, "new"), facts_of("new"), labels={"a": "b"})
+
+
+OPERATIONS: dict[str, Callable[[AdapterStore], object]] = {
+    "open": lambda store: None,
+    "publish": publish_and_point,
+    "publish next version": lambda store: publish(store, "sql", "three"),
+    "publish known content": lambda store: publish(store, "third", "two"),
+    "heal": lambda store: publish(store, "sql", "broken"),
+    "update": lambda store: store.update(
+        "sql", 2, set_aliases=["prod", "next"], pinned=True, labels={"x": "y"}
+    ),
+    "delete": delete_and_remove,
+    "delete all": lambda store: store.delete("sql", all_versions=True),
+}
+
+
+def main(operation: str, folder: Path) -> None:
+    prepare(folder / "before")
+    if operation != "open":  # its left-overs are for that one only
+        AdapterStore(folder / "before").close()
+    old = state_after(folder, lambda store: None)
+    new = state_after(folder, OPERATIONS[operation])
+    outcomes = []
+    for kill_at in range(10_000):
+        root = copy(folder)
+        killed = run_killed(root, operation, kill_at)
+        left = inspect(root)
+        outcomes.append("old" if left == old else "new" if left == new else f"neither: {left}")
+        if not killed:
+            break
+    print(json.dumps({"same": old == new, "outcomes": outcomes}))
+
+
+def state_after(folder: Path, operation: Callable[[AdapterStore], object]) -> Any:
+    root = copy(folder)
+    with AdapterStore(root) as store:
+        operation(store)
+    return inspect(root)
+
+
+def copy(folder: Path) -> Path:
+    shutil.rmtree(folder / "now", ignore_errors=True)
+    shutil.copytree(folder / "before", folder / "now", symlinks=True)
+    return folder / "now"
+
+
+def run_killed(root: Path, operation: str, kill_at: int) -> bool:
+    """Runs the operation in a process that dies at its kill_at-th effect; False if it came to its end."""
+    child = os.fork()
+    if child == 0:
+        if operation == "open":
+            die_at(kill_at)
+        store = AdapterStore(root)
+        die_at(kill_at)
+        OPERATIONS[operation](store)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return True
+    assert os.WEXITSTATUS(status) == 0, "the operation failed by itself"
+    return False
+
+
+def die_at(kill_at: int) -> None:
+    if sys.getprofile() is not None:
+        return  # it counts already
+    seen = 0
+
+    def watch(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal seen
+        if event in ("c_call", "c_return") and argument.__name__ in EFFECTS:
+            if seen == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+
+    sys.setprofile(watch)
+
+
+def inspect(root: Path) -> Any:
+    """All that a store opened now has to say, after checking that it holds together."""
+    with AdapterStore(root) as store:
+        records = store.list(page_size=1000)[0]
+        for record in records:
+            if record.state is AdapterState.READY:
+                store.verify(record.facts.digest)
+        listed = {record.facts.digest.removeprefix("sha256:") for record in records}
+        left_over = set(os.listdir(root / "blobs/sha256")) - listed
+        assert not left_over, f"blobs {left_over} are in nobody's list"
+        assert len(os.listdir(root / "staging")) == 2, "a dead process left staging behind"
+        return [
+            [r.reference, r.facts.digest, r.state, r.aliases, r.pinned, r.labels, r.error, r.description]
+            for r in records
+        ]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

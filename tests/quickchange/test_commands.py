@@ -1,0 +1,230 @@
+"""The commands that hand over to the server and to training: what they pass on, and how they fail."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import training.merge
+import training.train
+from adapters.errors import UnsupportedBaseError
+from quickchange.cli import main
+from quickchange.commands import train
+from quickchange.commands.failure import CommandError, needs_extra
+from server.config import ServerSettings, all_settings
+from training.curve import LossPoint
+from training.errors import DivergedError
+from training.recipe import Recipe
+
+WITHOUT_TORCH = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Missing(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "prometheus_client", "yaml", "grpc_health"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+from quickchange.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "extra"),
+    [
+        (("serve", "--base", "x"), "server"),
+        (("merge", "--base", "x", "--adapter", "y", "--out", "z"), "server"),
+        (("train", "--data", "x", "--out", "y"), "train"),
+    ],
+)
+def test_without_the_extra_the_command_says_what_to_install(argv: tuple[str, ...], extra: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *argv], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: this command needs the package ")
+    assert result.stderr.endswith(f"pip install 'quickchange[{extra}]'\n")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_missing_module_of_ours_is_no_missing_extra() -> None:
+    with pytest.raises(ModuleNotFoundError), needs_extra("server"):
+        import server.nonsense  # type: ignore[import-not-found]  # noqa: F401 - its absence is the test
+    with pytest.raises(CommandError), needs_extra("server"):
+        import no_such_package  # type: ignore[import-not-found]  # noqa: F401 - its absence is the test
+
+
+# serve
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerSettings]:
+    """What the server would have been started with."""
+    import server.app
+
+    seen: list[ServerSettings] = []
+
+    def record(settings: ServerSettings) -> int:
+        seen.append(settings)
+        return 0
+
+    monkeypatch.setattr(server.app, "serve", record)
+    return seen
+
+
+def test_serve_passes_flags_over_environment_over_file(
+    served: list[ServerSettings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = tmp_path / "server.toml"
+    config.write_text("[engine]\nmax_running_requests = 3\nblock_tokens = 8\n[grpc]\nport = 1\n")
+    monkeypatch.setenv("QUICKCHANGE_ENGINE_MAX_RUNNING_REQUESTS", "4")
+    monkeypatch.setenv("QUICKCHANGE_GRPC_PORT", "2")
+    argv = ("serve", "--config", str(config), "--base", "b", "--store", str(tmp_path), "--port", "0")
+    assert main((*argv, "--metrics-port", "0", "--adapter-device-bytes", "64MiB")) == 0
+    settings = served[0]
+    assert (settings.base.source, settings.store.root) == ("b", tmp_path)
+    assert (settings.grpc.port, settings.metrics.port) == (0, 0)
+    assert (settings.engine.block_tokens, settings.engine.max_running_requests) == (8, 4)
+    assert settings.engine.adapter_device_bytes == 64 * 1024 * 1024
+
+
+def test_every_setting_has_a_flag_of_its_own(
+    served: list[ServerSettings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    shown = capsys.readouterr().out
+    flags = {word.strip("[") for word in shown.split() if word.startswith(("--", "[--"))}
+    assert len(flags - {"--help", "--config"}) == len(list(all_settings()))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ((), "--base"),
+        (("--base", "b", "--port", "70000"), "70000"),
+        (("--base", "b", "--device", "tpu"), "tpu"),
+        (("--base", "b", "--config", "/nowhere.toml"), "/nowhere.toml"),
+    ],
+)
+def test_serve_refuses_bad_settings_in_one_line(
+    served: list[ServerSettings], capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], words: str
+) -> None:
+    assert main(("serve", *argv)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert words in err
+    assert err.count("\n") == 1
+    assert served == []
+
+
+def test_threads_are_set_only_if_asked(served: list[ServerSettings], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert main(["serve", "--base", "b"]) == 0
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert main(["serve", "--base", "b", "--threads", "3"]) == 0
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert served[1].engine.threads == 3
+
+
+# train
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """What would have been trained."""
+    seen: list[Recipe] = []
+
+    def record(recipe: Recipe, **_: Any) -> training.train.TrainingResult:
+        seen.append(recipe)
+        if recipe.seed == 13:
+            raise DivergedError("the loss is nan at step 3; lower the rate")
+        fit = training.train.Fit(5, 100, 1.0, 10, "adamw", "float32", 0, (LossPoint(1, 0.5, 0.0),), ())
+        facts: Any = None
+        report: Any = None
+        return training.train.TrainingResult(recipe.out, recipe.out, facts, report, fit, recipe.publish)
+
+    monkeypatch.setattr(training.train, "train", record)
+    return seen
+
+
+def test_every_setting_of_a_recipe_has_a_flag() -> None:
+    flags = {flag.name for flag in train._FLAGS} | {"gradient_checkpointing"}
+    assert flags == {field.name for field in dataclasses.fields(Recipe)}
+
+
+def test_defaults_in_the_help_are_the_recipe_s() -> None:
+    shown = {flag.name: flag.help.rpartition("(")[2].rstrip(")") for flag in train._FLAGS if "(" in flag.help}
+    kinds = {flag.name: flag.kind for flag in train._FLAGS}
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    for name, text in shown.items():
+        if name != "alpha":
+            assert kinds[name](text) == defaults[name], name
+
+
+def test_train_passes_the_recipe_on(
+    trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("train", "--data", "d.jsonl", "--out", str(tmp_path / "o"), "--rank", "4", "--epochs", "0.5")
+    more = ("--target-modules", "q_proj,v_proj", "--gradient-checkpointing", "--learning-rate", "1e-3")
+    assert main((*argv, *more, "--publish", "h:1", "--name", "sql")) == 0
+    recipe = trained[0]
+    assert (recipe.rank, recipe.epochs, recipe.learning_rate) == (4, 0.5, 1e-3)
+    assert recipe.target_modules == ("q_proj", "v_proj")
+    assert recipe.gradient_checkpointing
+    assert (recipe.method, recipe.publish) == ("qlora", "h:1")
+    out = capsys.readouterr().out
+    assert out == f"{tmp_path}/o: loss 0.5000 after 5 steps\npublished as h:1\n"
+
+
+def test_train_flags_win_over_the_file(trained: list[Recipe], tmp_path: Path) -> None:
+    config = tmp_path / "recipe.yaml"
+    config.write_text("data: d.jsonl\nrank: 4\nseed: 5\n")
+    assert main(["train", "--config", str(config), "--out", str(tmp_path / "o"), "--seed", "6"]) == 0
+    assert (trained[0].rank, trained[0].seed) == (4, 6)
+    assert main(["train", "--target-modules", "all-linear", "--config", str(config), "--out", "o"]) == 0
+    assert trained[1].target_modules == "all-linear"
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        ((), 2, "data"),
+        (("--data", "d", "--rank", "0"), 2, "rank"),
+        (("--config", "/nowhere.yaml"), 2, "/nowhere.yaml"),
+        (("--data", "d", "--seed", "13"), 1, "lower the rate"),
+    ],
+)
+def test_train_fails_in_one_line(
+    trained: list[Recipe], capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], code: int, words: str
+) -> None:
+    assert main(("train", "--out", "o", *argv)) == code
+    err = capsys.readouterr().err
+    assert words in err
+    assert (err[:7], err.count("\n")) == ("error: ", 1)
+
+
+# merge
+
+
+def test_merge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def merged(base: str, adapter: Path, out: Path, **options: Any) -> training.merge.MergeReport:
+        if base == "odd":
+            raise UnsupportedBaseError("odd cannot be quantised")
+        if out == tmp_path:
+            raise FileExistsError(f"{out} exists already")
+        return training.merge.MergeReport(out, base, "f", "d", options["dtype"], 7, 1.25)
+
+    monkeypatch.setattr(training.merge, "merge_adapter", merged)
+    argv = ("merge", "--adapter", "a", "--dtype", "float32")
+    assert main((*argv, "--base", "b", "--out", "o")) == 0
+    assert capsys.readouterr().out == "o: 7 layers changed, |ΔW| 1.25, float32\n"
+    assert main((*argv, "--base", "odd", "--out", "o")) == 1
+    assert main((*argv, "--base", "b", "--out", str(tmp_path))) == 1
+    assert capsys.readouterr().err == f"error: odd cannot be quantised\nerror: {tmp_path} exists already\n"
