@@ -41,7 +41,8 @@ def convert_gguf(file: Path, folder: Path, *, progress: bool) -> None:
             ) from error
     tokenizer.model_max_length = model.config.get_text_config().max_position_embeddings
     vars(model.config).pop("quantization_config", None)  # else the folder claims to be packed GGUF
-    model.save_pretrained(folder)
+    with progress_bars(progress):
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _drop_defaults(folder / "config.json", type(model.config))
 

@@ -110,7 +110,7 @@ def check_digest(digest: str) -> str:
 
 
 def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """A copy of the labels if they are few, short and printable; otherwise InvalidAdapterError, BAD_LABELS."""
+    """A copy of labels that are few, short and printable; else InvalidAdapterError, reason BAD_LABELS."""
     if len(labels) > MAX_LABELS:
         raise _bad_label(f"{len(labels)} labels are too many; use at most {MAX_LABELS}")
     for key, value in labels.items():
@@ -122,7 +122,7 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def check_description(description: str) -> str:
-    """The text itself if it is short and can be stored; otherwise InvalidAdapterError, BAD_DESCRIPTION."""
+    """The text itself if it is short and printable; otherwise InvalidAdapterError, reason BAD_DESCRIPTION."""
     if len(description) > MAX_DESCRIPTION_CHARS or not description.replace("\n", "").isprintable():
         raise InvalidAdapterError(
             f"the description must have at most {MAX_DESCRIPTION_CHARS} printable characters and line breaks",

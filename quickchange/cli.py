@@ -1,6 +1,7 @@
 """The command line: what may be typed, who does it, and how failing looks. The commands are in commands/."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ COMMANDS: Mapping[str, ModuleType] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code is 0 only if it succeeded."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own notes would mix with ours on standard error
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
     args = _parser().parse_args(argv)
     try:
         exit_code: int = COMMANDS[args.command].run(args)

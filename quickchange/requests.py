@@ -1,5 +1,6 @@
 """What a caller may ask for, as messages of the wire. Knows nothing of channels or of answers."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, TypeVar
 
@@ -134,7 +135,7 @@ def _put_prompt(
     request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest, prompt: Prompt
 ) -> None:
     if isinstance(prompt, str):
-        request.text = prompt
+        request.MergeFrom(_built(type(request), {"text": prompt}))
         return
     if not prompt:
         raise _invalid("prompt", "is empty; give text, token ids or chat messages")
@@ -148,7 +149,9 @@ def _put_prompt(
 
 def _chat_message(message: object) -> inference_pb2.ChatMessage:
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        raise _invalid("prompt", f"has the message {message!r}; each one is {{'role': …, 'content': …}}")
+        raise _invalid(
+            "prompt", f"has the message {reprlib.repr(message)}; each one is {{'role': …, 'content': …}}"
+        )
     return _built(inference_pb2.ChatMessage, message)
 
 
@@ -159,7 +162,7 @@ def _built(message: type[WireMessageT], fields: Mapping[str, Any]) -> WireMessag
         try:
             built.MergeFrom(message(**{name: value}))
         except (TypeError, ValueError) as error:
-            raise _invalid(name, f"is {value!r}: {error}") from None
+            raise _invalid(name, f"is {reprlib.repr(value)}: {error}") from None
     return built
 
 

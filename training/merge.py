@@ -26,6 +26,7 @@ from adapters.cache import publish_folder
 from adapters.errors import InvalidAdapterError, WrongBaseError
 from adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_bounded
 from adapters.measures import content_digest, delta_norm
+from adapters.quantize import progress_bars
 from adapters.spec import MAX_CONFIG_BYTES, AdapterSpec, parse_spec
 from adapters.weights import LoraPair, load_pairs
 
@@ -143,7 +144,8 @@ def _save(folder: Path, base: Base, bundle: Bundle | None, report: MergeReport) 
     original = base.folder / _GENERATION_FILE
     if original.is_file():  # copied: save_pretrained refuses many that are published and work
         base.model.generation_config = GenerationConfig()
-    base.model.save_pretrained(folder)
+    with progress_bars(False):
+        base.model.save_pretrained(folder)
     if original.is_file():
         shutil.copyfile(original, folder / _GENERATION_FILE)
     (folder / MERGE_FILE).write_text(json.dumps(_facts(report), indent=2) + "\n")

@@ -87,13 +87,20 @@ def sampling_options(args: argparse.Namespace) -> GenerateOptions:
 def _prompt(args: argparse.Namespace) -> Prompt:
     if args.system is not None and not args.chat:
         raise CommandError("--system goes with --chat; add it", MISUSED)
-    text: str = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = _standard_input() if args.prompt == "-" else str(args.prompt)
     if not args.chat:
         return text
     messages: list[ChatMessage] = [{"role": "user", "content": text}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
     return messages
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise CommandError(f"standard input is no text: {error}") from error
 
 
 def _print_answer(client: "Client", prompt: Prompt, args: argparse.Namespace) -> None:

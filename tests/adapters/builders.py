@@ -1,6 +1,7 @@
 """Real PEFT adapters for tiny models, and what a float model offers them."""
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,3 +78,9 @@ def _randomise(adapted: nn.Module, seed: int, strength: float) -> None:
             b_OR.copy_(torch.randn(b_OR.shape, generator=generator))
             delta_norm = (b_OR @ a_RD).norm() * module.scaling["default"]
             b_OR.mul_(strength * module.get_base_layer().weight.norm() / delta_norm)
+
+
+def config_of(**fields: Any) -> bytes:
+    """An adapter_config.json with the fewest fields, and these."""
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]} | fields
+    return json.dumps(config).encode()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from adapters.errors import AdapterError, InvalidAdapterError, UnsupportedAdapte
 from adapters.files import BUNDLE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from adapters.layout import BaseLayout
 from adapters.spec import parse_spec
+from adapters.store import AdapterStore
 from adapters.validate import validate_adapter
 from adapters.weights import load_pairs
 from tests.adapters.builders import FINGERPRINT, make_adapter
@@ -283,3 +285,20 @@ def test_an_adapter_for_another_architecture_is_refused(
 ) -> None:
     half = {name: shape for name, shape in layout.modules.items() if "layers.0" in name}
     assert _refusal(adapter, BaseLayout(half, None, FINGERPRINT)).reason == "UNKNOWN_TENSOR"
+
+
+def test_a_checked_adapter_is_published_and_loaded_from_the_store(
+    adapter: Path, layout: BaseLayout, store: AdapterStore
+) -> None:
+    staged = store.new_staging()
+    for path in adapter.iterdir():
+        shutil.copyfile(path, staged / path.name)
+    facts = validate_adapter(staged, layout, max_rank=64)
+    record, _ = store.publish("sql", staged, facts)
+    assert record.facts == facts
+
+    folder = store.path_of(store.resolve("sql").facts.digest)
+    store.verify(facts.digest)
+    assert validate_adapter(folder, layout, max_rank=64) == facts
+    pairs = load_pairs(folder / WEIGHTS_FILE, parse_spec((folder / CONFIG_FILE).read_bytes()), layout)
+    assert tuple(pairs) == facts.matched_modules

@@ -268,9 +268,9 @@ def test_any_bytes_give_a_header_or_an_adapter_error(
     "header",
     [
         b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}',
-        b'{"a":[' + b"[]," * 1_000_000 + b"[]]}",
+        b'{"a":[' + b"[]," * 300_000 + b"[]]}",
         b'{"a":"' + b"\\\\" * 1_000_000 + b'"}',
-        b"{" + b",".join(b'"%d":{}' % index for index in range(200_000)) + b"}",
+        b"{" + b",".join(b'"%d":{}' % index for index in range(50_000)) + b"}",
     ],
 )
 def test_a_hostile_header_takes_bounded_memory(header: bytes, tmp_path: Path) -> None:
@@ -280,6 +280,6 @@ def test_a_hostile_header_takes_bounded_memory(header: bytes, tmp_path: Path) ->
     try:
         with pytest.raises(InvalidAdapterError):
             read_header(path)
-        assert tracemalloc.get_traced_memory()[1] < 50 * MAX_HEADER_BYTES
+        assert tracemalloc.get_traced_memory()[1] < 50 * len(header) + 1_000_000
     finally:
         tracemalloc.stop()

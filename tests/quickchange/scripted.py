@@ -28,7 +28,6 @@ from quickchange.v1 import (
 
 DIGEST = "sha256:" + "ab" * 32
 RESOLVED = inference_pb2.ResolvedAdapter(name="sql", version=3, digest=DIGEST)
-TEXT = "SELECT 1"
 
 
 def rich(
@@ -65,6 +64,7 @@ class Script:
     upload_pause_s: float = 0.0
     refuse_upload_after: int | None = None
     """Messages of an upload to read before an error answers it."""
+    text: str = "SELECT 1"
     deltas: int = 3
     endless: bool = False
     begun: threading.Event = field(default_factory=threading.Event)
@@ -95,7 +95,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             adapter=RESOLVED if request.adapter else inference_pb2.ResolvedAdapter(),
             completions=[
                 inference_pb2.Completion(
-                    text=TEXT,
+                    text=self.script.text,
                     token_ids=[5, 6],
                     logprobs=[logprob(5), logprob(6)] if request.output.HasField("logprobs") else [],
                     finish_reason=inference_pb2.FINISH_REASON_LENGTH,

@@ -361,6 +361,22 @@ def test_ctrl_c_exits_130_without_a_trace_and_cancels(target: str, script: Scrip
         assert script.cancelled.wait(5)
 
 
+def test_text_that_the_terminal_cannot_show(target: str, script: Script) -> None:
+    script.text = "naïve 日本"
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    with spawned("generate", "x", "--server", target, env=environment, encoding="latin-1") as process:
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (0, "naïve ??\n", "")
+
+
+def test_standard_input_that_is_no_text(target: str, tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    with (tmp_path / "bytes").open() as stdin, spawned("generate", "-", stdin=stdin) as process:
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (1, "")
+    assert err.startswith("error: standard input is no text")
+
+
 def test_a_closed_pipe_is_quiet(target: str, script: Script) -> None:
     script.endless = True
     with spawned("generate", "--stream", "x", "--server", target) as process:
