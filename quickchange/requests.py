@@ -135,7 +135,10 @@ def _put_prompt(
     request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest, prompt: Prompt
 ) -> None:
     if isinstance(prompt, str):
-        request.MergeFrom(_built(type(request), {"text": prompt}))
+        try:
+            request.text = prompt
+        except ValueError as error:  # half of a surrogate pair
+            raise _invalid("prompt", f"is {reprlib.repr(prompt)}: {error}") from None
         return
     if not prompt:
         raise _invalid("prompt", "is empty; give text, token ids or chat messages")

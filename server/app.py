@@ -120,7 +120,7 @@ class Server:
             endpoint.close()
         finally:
             await self._engine.stop(0)
-            self._prompts.close()
+            await self._prompts.close()
             self._workers.close()
         log.info("stopped")
         return 1 if self._engine_died else 0

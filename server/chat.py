@@ -1,7 +1,7 @@
 """Prompts to token ids: chat templates and the tokenizer. Knows neither grpc nor the engine.
 
-Both run on one thread of their own: a tokenizer must not be used by two threads at once, and a long prompt
-would hold up the event loop.
+The tokenizer runs on a thread of its own: it must not be used by two threads at once, and a long prompt would hold
+up the event loop. The base's template is the operator's and runs there too; those of adapters are strangers'.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from server.errors import InvalidRequestError
+from server.templates import TemplateRenderer
 
 ROLES: Final = ("system", "user", "assistant")
 
@@ -46,6 +47,7 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._max_prompt_bytes = max_prompt_bytes
+        self._renderer = TemplateRenderer(tokenizer.special_tokens_map, max_prompt_bytes)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     async def text(self, text: str) -> EncodedPrompt:
@@ -60,20 +62,27 @@ class PromptEncoder:
             template: the adapter's Jinja template; None to use the base's.
         """
         self._check_chat(messages)
-        chosen = template or self._chat_template
-        if chosen is None:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        if template is not None:
+            text = await self._renderer.render(template, turns)
+        elif self._chat_template is not None:
+            text = await self._run(lambda: self._render(turns))
+        else:
             raise InvalidRequestError(
                 "chat", "neither the base nor the adapter has a chat template; send text instead"
             )
-        return await self._run(lambda: self._encode_chat(messages, chosen))
+        self._check_size("chat", text)
+        # The template wrote the special tokens itself.
+        return await self._run(lambda: EncodedPrompt(self._encode(text, add_special_tokens=False), text))
 
     async def token_ids(self, token_ids: Sequence[int], *, with_text: bool) -> EncodedPrompt:
         """Ids as they are; with_text decodes them too."""
         ids = tuple(token_ids)
         return EncodedPrompt(ids, await self._run(lambda: self._decode(ids)) if with_text else "")
 
-    def close(self) -> None:
-        """Ends the thread after its current prompt."""
+    async def close(self) -> None:
+        """Ends the thread after its current prompt, and the process that renders."""
+        await self._renderer.close()
         self._thread.shutdown(cancel_futures=True)
 
     async def _run(self, work: Callable[[], T]) -> T:
@@ -98,18 +107,14 @@ class PromptEncoder:
 
     # In the thread
 
-    def _encode_chat(self, messages: Sequence[ChatMessage], template: str) -> EncodedPrompt:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+    def _render(self, turns: list[dict[str, str]]) -> str:
         try:
-            # transformers renders in Jinja's immutable sandbox: a template reaches nothing but its arguments.
             text: str = self._tokenizer.apply_chat_template(
-                turns, chat_template=template, add_generation_prompt=True, tokenize=False
+                turns, chat_template=self._chat_template, add_generation_prompt=True, tokenize=False
             )
         except Exception as error:  # a template is data, and can fail in any way
-            raise InvalidRequestError("chat", f"the chat template refused it: {error}") from None
-        self._check_size("chat", text)
-        # The template wrote the special tokens itself.
-        return EncodedPrompt(self._encode(text, add_special_tokens=False), text)
+            raise InvalidRequestError("chat", f"the base's chat template refused it: {error}") from None
+        return text
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])

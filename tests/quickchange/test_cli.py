@@ -369,9 +369,13 @@ def test_text_that_the_terminal_cannot_show(target: str, script: Script) -> None
     assert (process.returncode, out, err) == (0, "naïve ??\n", "")
 
 
-def test_standard_input_that_is_no_text(target: str, tmp_path: Path) -> None:
+def test_standard_input_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
-    with (tmp_path / "bytes").open() as stdin, spawned("generate", "-", stdin=stdin) as process:
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    with (
+        (tmp_path / "bytes").open() as stdin,
+        spawned("generate", "-", stdin=stdin, env=environment) as process,
+    ):
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (1, "")
     assert err.startswith("error: standard input is no text")

@@ -112,7 +112,7 @@ def test_prompts_as_token_ids_and_as_chat(client: Client, script: Script) -> Non
         ("x", {"seed": 2**64}, "seed"),
         ("x", {"temperature": "hot"}, "temperature"),
         ([-1], {}, "ids"),
-        ("lone surrogate \ud800", {}, "text"),
+        ("lone surrogate \ud800", {}, "prompt"),
         ([], {}, "prompt"),
         ([{"role": "user"}], {}, "prompt"),
         ([{"role": "user", "content": "x"}, "y"], {}, "prompt"),

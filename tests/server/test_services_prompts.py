@@ -1,7 +1,7 @@
 """Prompts as the model sees them: text, ids and chats, with the templates of base and adapter."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -20,10 +20,10 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture
-def encoder(tokenizer: Any) -> Iterator[PromptEncoder]:
+async def encoder(tokenizer: Any) -> AsyncIterator[PromptEncoder]:
     encoder = PromptEncoder(tokenizer, CHAT_TEMPLATE, max_prompt_bytes=1000)
     yield encoder
-    encoder.close()
+    await encoder.close()
 
 
 async def test_text_is_tokenized_as_the_tokenizer_does_by_default(
@@ -59,7 +59,7 @@ async def test_special_tokens_are_added_once(tokenizer: Any) -> None:
         text = await encoder.text("Hi")
         chat = await encoder.chat([ChatMessage("user", "Hi")], None)
     finally:
-        encoder.close()
+        await encoder.close()
     assert text.token_ids == chat.token_ids
     assert text.token_ids.count(begins.bos_token_id) == 1
 
@@ -108,7 +108,7 @@ async def test_a_chat_needs_a_template(tokenizer: Any) -> None:
             await encoder.chat(HELLO, None)
         assert (await encoder.chat(HELLO, "x")).text == "x"
     finally:
-        encoder.close()
+        await encoder.close()
 
 
 async def test_many_at_once_do_not_mix(encoder: PromptEncoder, tokenizer: Any) -> None:
