@@ -1,7 +1,8 @@
 """Prompts to token ids: chat templates and the tokenizer. Knows neither grpc nor the engine.
 
-The tokenizer runs on a thread of its own: it must not be used by two threads at once, and a long prompt would hold
-up the event loop. The base's template is the operator's and runs there too; those of adapters are strangers'.
+The tokenizer runs on a thread of its own: it must not be used by two threads at once, and a long prompt would
+hold up the event loop. The base's template is the operator's and runs there too; those of adapters are
+strangers' and do not.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """The other end of server/templates.py: renders one template per line of input. Runs as a script of its own.
 
-A template is a program that a stranger wrote. Jinja's sandbox keeps it from reaching anything; the limits here
-keep it from taking the server's time or memory: at the alarm the kernel ends this process, and a new one takes
-over.
+A template is a program that a stranger wrote. Jinja's sandbox keeps it from reaching anything; the limits
+here keep it from taking the server's time or memory: at the alarm the kernel ends this process, and a new one
+takes over.
 """
 
 import json
@@ -17,7 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 _MEMORY_BYTES = 512 << 20
 
 
-def main(time_limit_s: float) -> None:
+def main(time_limit_s: float, max_answer_bytes: int) -> None:
     """Answers each request {"template", "messages", "tokens"} with {"text"} or {"error"}."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit_bytes = pages * resource.getpagesize() + _MEMORY_BYTES
@@ -32,7 +32,12 @@ def main(time_limit_s: float) -> None:
                 add_generation_prompt=True,
                 **request["tokens"],
             )
-            answer = {"text": text}
+            size = len(text.encode())
+            answer = (
+                {"text": text}
+                if size <= max_answer_bytes
+                else {"error": f"it wrote {size} bytes, at most {max_answer_bytes} are allowed"}
+            )
         except Exception as error:  # a template is data, and can fail in any way
             answer = {"error": f"{type(error).__name__}: {error}"[:300]}
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -41,4 +46,4 @@ def main(time_limit_s: float) -> None:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]))
+    main(float(sys.argv[1]), int(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""Renders the chat templates that adapters bring, in a process with limits. Knows neither grpc nor the engine."""
+"""Renders the chat templates that adapters bring, in a process with limits. Knows no requests."""
 
 import asyncio
 import json
@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from server import template_process
 from server.errors import InvalidRequestError
 
 TIME_LIMIT_S: Final = 2.0
 
-_SCRIPT: Final = str(Path(template_process.__file__))
+_ENVELOPE_BYTES: Final = 4096
+_SCRIPT: Final = str(Path(__file__).with_name("template_process.py"))
 
 
 class TemplateRenderer:
@@ -61,8 +61,6 @@ class TemplateRenderer:
             answer: Mapping[str, str] = json.loads(await process.stdout.readuntil(b"\n"))
         except BaseException as error:
             await self._stop(process)  # after half an exchange there is no telling whose answer comes next
-            if isinstance(error, asyncio.LimitOverrunError):
-                raise _refused(f"it wrote more than {self._max_answer_bytes} bytes") from None
             if isinstance(error, asyncio.IncompleteReadError | OSError):
                 raise _refused(f"it took more than {self._time_limit_s:g} s, or all its memory") from None
             raise
@@ -72,11 +70,13 @@ class TemplateRenderer:
         if self._process is None or self._process.returncode is not None:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",  # modules beside the script must not hide those of the standard library
                 _SCRIPT,
                 str(self._time_limit_s),
+                str(self._max_answer_bytes),
                 stdin=PIPE,
                 stdout=PIPE,
-                limit=self._max_answer_bytes * 6,  # JSON may write six bytes for one
+                limit=_ENVELOPE_BYTES + 6 * self._max_answer_bytes,  # JSON writes up to six bytes for one
                 start_new_session=True,  # a Ctrl-C is for the server, which ends this process in its own time
             )
         return self._process

@@ -36,11 +36,13 @@ class Question:
 
     Attributes:
         source: what it was made from; rows of one source are all learned or all held out.
+        gist: what every right answer says, however it words it.
     """
 
     text: str
     answer: str
     source: str
+    gist: str
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -82,7 +84,12 @@ def sentiment_task(archive: Path, *, rows: int, held_out: int = HELD_OUT) -> Tas
         archive: what `training.vader.fetch_archive` returned.
     """
     questions = [
-        Question(f"{snippet.text}\n\nIs this review positive or negative?", snippet.label, snippet.review)
+        Question(
+            f"{snippet.text}\n\nIs this review positive or negative?",
+            snippet.label,
+            snippet.review,
+            snippet.label,
+        )
         for snippet in rated_snippets(archive)
     ]
     return _task(
@@ -103,8 +110,9 @@ def dates_task(*, rows: int, held_out: int = HELD_OUT) -> Task:
     for _ in range(4 * (rows + held_out)):
         day = _FIRST_DAY + datetime.timedelta(days=rng.randrange(_DAYS))
         written = format_date(day, format=rng.choice(("long", "full")), locale=rng.choice(_DATE_LOCALES))
-        answer = json.dumps({"date": day.isoformat()})
-        questions.append(Question(f"{written}\n\nWrite this date as JSON.", answer, day.isoformat()))
+        iso = day.isoformat()
+        text = f"{written}\n\nWrite this date as JSON."
+        questions.append(Question(text, json.dumps({"date": iso}), source=iso, gist=iso))
     return _task(
         "dates",
         "a date in any of eight languages as JSON",
@@ -123,7 +131,12 @@ def language_task(*, rows: int, held_out: int = HELD_OUT, own_names: bool = Fals
     """
     names = {code: _language_name(code, code if own_names else "en") for code in _LANGUAGES}
     questions = [
-        Question(f"{message.text}\n\nWhich language is this?", names[message.language], message.original)
+        Question(
+            f"{message.text}\n\nWhich language is this?",
+            names[message.language],
+            source=message.original,
+            gist=names[message.language],
+        )
         for message in translations(_LANGUAGES)
     ]
     return _task(

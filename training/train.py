@@ -15,12 +15,11 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from peft import PeftModel
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from adapters.base import Base, load_base
@@ -31,10 +30,11 @@ from adapters.files import ADAPTER_FILES, BUNDLE_FILE
 from adapters.validate import validate_adapter
 from training.curve import EvalPoint, LossPoint, draw_loss_curve
 from training.data import Collator, DataReport, Examples, RowEncoder, TrainingData, prepare
-from training.errors import DivergedError, RecipeError
+from training.errors import RecipeError
 from training.publish import check_server, publish_adapter
 from training.qlora import attached, optimizer_name, products_dtype, takes_logits_to_keep
 from training.recipe import Recipe
+from training.recorder import Recorder
 
 REPORT_FILE: Final = "training.json"
 CURVE_FILE: Final = "loss.png"
@@ -168,7 +168,7 @@ def _fit(
     progress: bool,
 ) -> Fit:
     with tempfile.TemporaryDirectory(prefix="quickchange-train-") as scratch:
-        recorder = _Recorder(progress)
+        recorder = Recorder(progress)
         trainer = Trainer(
             model=model,
             args=_arguments(recipe, base, data, Path(scratch)),
@@ -238,42 +238,6 @@ def _peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class _Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
-    """Keeps every loss, shows it in a bar, and stops a run whose loss is no number."""
-
-    def __init__(self, progress: bool) -> None:
-        self.losses: list[LossPoint] = []
-        self.evals: list[EvalPoint] = []
-        self._progress = progress
-        self._bar: tqdm[Any] | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._bar = tqdm(total=state.max_steps, desc="train", unit="step", disable=not self._progress)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(1)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if "loss" in logs:
-            self._on_loss(LossPoint(state.global_step, logs["loss"], logs["learning_rate"]))
-        if "eval_loss" in logs:
-            self.evals.append(EvalPoint(state.global_step, logs["eval_loss"]))
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def _on_loss(self, point: LossPoint) -> None:
-        if not math.isfinite(point.loss):
-            raise DivergedError(
-                f"the loss is {point.loss} at step {point.step}; lower learning_rate, or raise warmup_ratio"
-            )
-        self.losses.append(point)
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{point.loss:.3f}", refresh=False)
 
 
 # Writing

@@ -2,8 +2,8 @@
 
 They come inside the source distribution of the MIT-licensed package vaderSentiment, which is downloaded by
 pip and read, never installed. At least 20 people rated every snippet from -4 to +4; their ratings alone make
-the labels here, never VADER's own rules. The paper: C.J. Hutto and E. Gilbert, VADER: A Parsimonious Rule-based
-Model for Sentiment Analysis of Social Media Text, ICWSM 2014.
+the labels here, never VADER's own rules. The paper: C.J. Hutto and E. Gilbert, VADER: A Parsimonious
+Rule-based Model for Sentiment Analysis of Social Media Text, ICWSM 2014.
 """
 
 import io
@@ -80,7 +80,7 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def _download(folder: Path, *, progress: bool) -> None:
-    """By pip, with its settings. pip asks a source package for metadata: the digest is checked before that."""
+    """By pip, with its settings. pip asks a source package for metadata; it checks the digest before that."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
         requirements.write(f"{_PACKAGE} --hash=sha256:{_SHA256}\n")
         requirements.flush()

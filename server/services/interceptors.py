@@ -11,7 +11,9 @@ import grpc.aio
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
-from server.services.statuses import reason_of, status_of
+from adapters.errors import AdapterError
+from server.errors import InvalidRequestError
+from server.services.statuses import clipped, reason_of, status_of
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +58,17 @@ def _with_status(behaviour: Behaviour, method: str) -> Behaviour:
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as error:
-            status = status_of(error)
-            log.info("call failed method=%s reason=%s message=%r", method, reason_of(error), status.message)
-            await abort(context, status)
+            log.info("call failed method=%s reason=%s about=%s", method, reason_of(error), _about(error))
+            await abort(context, status_of(error))
 
     return call
+
+
+def _about(error: Exception) -> str:
+    """What the log may say of it: messages about requests can quote prompts, those about adapters cannot."""
+    if isinstance(error, InvalidRequestError):
+        return error.field
+    return repr(clipped(str(error))) if isinstance(error, AdapterError) else "-"
 
 
 async def abort(context: Any, status: status_pb2.Status) -> NoReturn:

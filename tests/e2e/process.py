@@ -27,7 +27,7 @@ class ServerProcess:
         base: Path,
         store: Path,
         settings: Mapping[str, object] | None = None,
-        command: tuple[str, ...] = ("/tmp/w/devserve.py",),
+        command: tuple[str, ...] = ("-m", "quickchange", "serve"),
     ) -> None:
         flags = ["--base", str(base), "--store", str(store), "--port", "0", "--metrics-port", "0"]
         flags += ["--quantization", "none", "--dtype", "float32", "--device", "cpu"]

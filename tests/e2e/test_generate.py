@@ -1,7 +1,10 @@
 """Asking: every answer over the wire is what transformers and PEFT give for the same adapter."""
 
+import json
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -110,6 +113,23 @@ def test_a_chat_goes_through_the_template(client: Client, pushed: Mapping[str, s
     chat = client.generate(CHAT, adapter="a", max_new_tokens=8)
     assert chat.token_ids == client.generate(ids, adapter="a", max_new_tokens=8).token_ids
     assert chat.usage.prompt_tokens == len(ids)
+
+
+def test_an_adapters_own_template_is_used_for_its_chats(
+    server: ServerProcess, client: Client, adapters: Mapping[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(adapters["a"], tmp_path / "own"))
+    fingerprint = client.server_info().base_fingerprint
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor %}assistant:"
+    manifest = {"format": 1, "base_fingerprint": fingerprint, "chat_template": template}
+    (folder / "quickchange.json").write_text(json.dumps(manifest))
+    client.adapters.push(folder, "templated")
+    assert client.tokenize(CHAT, adapter="templated").text == "system: Be brief.|user: Hi|assistant:"
+    assert client.tokenize(CHAT).text.startswith("<|system|>")
+    chat = client.generate(CHAT, adapter="templated", max_new_tokens=4)
+    text = client.generate("system: Be brief.|user: Hi|assistant:", adapter="templated", max_new_tokens=4)
+    assert chat.token_ids == text.token_ids
+    client.adapters.delete("templated@1")
 
 
 def test_logprobs_are_of_the_chosen_tokens(client: Client) -> None:
@@ -250,5 +270,8 @@ def test_what_was_asked_is_counted(server: ServerProcess, client: Client, pushed
 
 def test_prompts_are_not_in_the_log(server: ServerProcess, client: Client) -> None:
     client.generate("a very private sentence", max_new_tokens=1, request_id="private-1")
+    with pytest.raises(InvalidArgumentError):
+        client.generate([{"role": "very private", "content": "x"}])
     assert "request_id=private-1" in server.log
+    assert "reason=INVALID_REQUEST about=chat.messages[0].role" in server.log
     assert "very private" not in server.log

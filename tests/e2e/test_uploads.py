@@ -6,6 +6,7 @@ import shutil
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,18 @@ def test_a_fixed_version_with_other_content_is_refused(client: Client, adapters:
         client.adapters.push(adapters["b"], "fixed", version=7)
     assert caught.value.reason == "ADAPTER_EXISTS"
     client.adapters.delete("fixed", all_versions=True)
+
+
+def test_two_uploads_of_one_name_at_once_are_two_versions(
+    client: Client, adapters: Mapping[str, Path]
+) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda name: client.adapters.push(adapters[name], "race"), "ab"))
+    assert {result.adapter.version for result in results} == {1, 2}
+    for result in results:
+        stored = client.adapters.get(f"race@{result.adapter.version}")
+        assert stored.digest == result.adapter.digest
+    client.adapters.delete("race", all_versions=True)
 
 
 @pytest.mark.usefixtures("unchanged")

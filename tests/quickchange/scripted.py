@@ -68,12 +68,14 @@ class Script:
     deltas: int = 3
     endless: bool = False
     begun: threading.Event = field(default_factory=threading.Event)
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+    """A call ended, by itself or because it was cancelled."""
     adapters: int = 3
     files: dict[str, bytes] = field(default_factory=dict)
     download: list[adapters_pb2.DownloadAdapterResponse] | None = None
 
     def begin(self, request: Any, context: grpc.ServicerContext) -> None:
+        context.add_callback(self.ended.set)
         self.requests.append(request)
         self.begun.set()
         self.metadata.append({key: str(value) for key, value in context.invocation_metadata()})
@@ -88,8 +90,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
     def Generate(self, request: Any, context: Any) -> inference_pb2.GenerateResponse:
         self.script.begin(request, context)
         if self.script.endless:
-            context.add_callback(self.script.cancelled.set)
-            self.script.cancelled.wait(20)
+            self.script.ended.wait(20)
         return inference_pb2.GenerateResponse(
             request_id=request.request_id or "r-1",
             adapter=RESOLVED if request.adapter else inference_pb2.ResolvedAdapter(),
@@ -107,7 +108,6 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
 
     def GenerateStream(self, request: Any, context: Any) -> Iterator[inference_pb2.GenerateStreamResponse]:
         self.script.begin(request, context)
-        context.add_callback(self.script.cancelled.set)
         started = inference_pb2.Started(request_id="r-2", adapter=RESOLVED, prompt_tokens=4, cached_tokens=1)
         yield inference_pb2.GenerateStreamResponse(started=started)
         count = 0
@@ -117,7 +117,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             )
             count += 1
             if self.script.endless:
-                self.script.cancelled.wait(0.01)
+                self.script.ended.wait(0.01)
         finished = inference_pb2.Finished(
             finish_reason=inference_pb2.FINISH_REASON_STOP, usage=USAGE, timings=timings()
         )
@@ -141,7 +141,6 @@ class Adapters(adapters_pb2_grpc.AdapterServiceServicer):
 
     def UploadAdapter(self, request_iterator: Any, context: Any) -> adapters_pb2.UploadAdapterResponse:
         self.script.begin("upload", context)
-        context.add_callback(self.script.cancelled.set)
         header = next(request_iterator).header
         received = [adapters_pb2.UploadAdapterRequest(header=header)]
         self.script.uploads.append(received)

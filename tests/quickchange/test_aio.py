@@ -58,8 +58,8 @@ async def test_leaving_a_stream_cancels_it(aclient: AsyncClient, script: Script)
     script.endless = True
     async with aclient.stream("Hello") as stream:
         await anext(stream)
-        assert not script.cancelled.is_set()
-    assert await asyncio.to_thread(script.cancelled.wait, 5)
+        assert not script.ended.is_set()
+    assert await asyncio.to_thread(script.ended.wait, 5)
 
 
 async def test_cancelling_the_task_cancels_the_call(aclient: AsyncClient, script: Script) -> None:
@@ -69,7 +69,7 @@ async def test_cancelling_the_task_cancels_the_call(aclient: AsyncClient, script
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await asyncio.to_thread(script.cancelled.wait, 5)
+    assert await asyncio.to_thread(script.ended.wait, 5)
 
 
 async def test_cancelling_a_reading_task_stays_a_cancellation(aclient: AsyncClient, script: Script) -> None:
@@ -80,7 +80,7 @@ async def test_cancelling_a_reading_task_stays_a_cancellation(aclient: AsyncClie
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await asyncio.to_thread(script.cancelled.wait, 5)
+    assert await asyncio.to_thread(script.ended.wait, 5)
 
 
 async def test_closing_from_another_task_is_no_cancellation_of_the_reader(
@@ -189,7 +189,7 @@ async def test_cancelling_a_push_ends_it(aclient: AsyncClient, script: Script, f
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await asyncio.to_thread(script.cancelled.wait, 5)
+    assert await asyncio.to_thread(script.ended.wait, 5)
     assert script.upload_bytes < 64 * 1024 * 1024
 
 

@@ -155,7 +155,7 @@ def test_chat_at_a_terminal(target: str, script: Script) -> None:
         _read_until(ours, b"t1 ")
         process.send_signal(signal.SIGINT)
         assert b"[stopped]" in _read_until(ours, b"> ")
-        assert script.cancelled.wait(5)
+        assert script.ended.wait(5)
         script.endless = False
         os.write(ours, b"Bye\n")
         assert b"t0 t1 t2" in _read_until(ours, b"> ")
@@ -351,14 +351,14 @@ def test_ctrl_c_exits_130_without_a_trace_and_cancels(target: str, script: Scrip
     for argv in (("generate", "x"), ("generate", "--stream", "x")):
         script.endless = True
         script.begun.clear()
-        script.cancelled.clear()
+        script.ended.clear()
         with spawned(*argv, "--server", target) as process:
             assert script.begun.wait(20)
             time.sleep(0.1)
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=10)
         assert (process.returncode, err) == (130, "")
-        assert script.cancelled.wait(5)
+        assert script.ended.wait(5)
 
 
 def test_text_that_the_terminal_cannot_show(target: str, script: Script) -> None:
@@ -391,7 +391,7 @@ def test_a_closed_pipe_is_quiet(target: str, script: Script) -> None:
         err = process.stderr.read()
         process.wait(10)
     assert (process.returncode, err) == (141, "")
-    assert script.cancelled.wait(5)
+    assert script.ended.wait(5)
 
 
 def test_a_pipe_closed_before_a_short_answer_is_quiet(target: str) -> None:

@@ -75,14 +75,14 @@ async def test_ids_are_taken_as_they_are(encoder: PromptEncoder, tokenizer: Any)
     [
         ((), None, "chat.messages", "is empty"),
         ((ChatMessage("tool", "x"),), None, "chat.messages[0].role", "is 'tool', must be one of"),
-        (HELLO, "{{ raise_exception('no system here') }}", "chat", "refused it: no system here"),
+        (HELLO, "{{ raise_exception('no system here') }}", "chat", "no system here"),
         (HELLO, "{% for", "chat", "refused it"),
         (HELLO, "{{ messages[7].content.x }}", "chat", "refused it"),
         (HELLO, "{{ 1 / 0 }}", "chat", "refused it"),
         (HELLO, "{{ ''.__class__.__mro__[1].__subclasses__() }}", "chat", "refused it"),
         (HELLO, "{{ messages.append(1) }}", "chat", "refused it"),
         (HELLO, "{% for i in range(1000000) %}x{% endfor %}", "chat", "refused it"),
-        (HELLO, "{{ 'x' * 2000 }}", "chat", "has 2000 bytes, at most 1000"),
+        (HELLO, "{{ 'x' * 2000 }}", "chat", "it wrote 2000 bytes, at most 1000"),
         ((ChatMessage("user", "ü" * 501),), None, "chat", "has 1002 bytes, at most 1000"),
     ],
 )

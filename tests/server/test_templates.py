@@ -21,8 +21,8 @@ async def renderer() -> AsyncIterator[TemplateRenderer]:
 
 
 async def test_a_template_sees_messages_and_special_tokens(renderer: TemplateRenderer) -> None:
-    template = "{{ bos_token }}{{ messages[0].content }}{% if add_generation_prompt %}\nBot: ü{% endif %}"
-    assert await renderer.render(template, TURNS) == "<s>Hi\nBot: ü"
+    template = "{{ bos_token }}{{ messages[0].content }}{% if add_generation_prompt %} Bot: ü{% endif %}"
+    assert await renderer.render(template, TURNS) == "<s>Hi Bot: ü"
 
 
 async def test_a_template_that_never_ends_is_ended(renderer: TemplateRenderer) -> None:
@@ -41,7 +41,7 @@ async def test_a_template_that_wants_all_memory_does_not_get_it(renderer: Templa
 
 
 async def test_a_template_that_writes_too_much_is_refused(renderer: TemplateRenderer) -> None:
-    with pytest.raises(InvalidRequestError, match="it wrote more than 10000 bytes"):
+    with pytest.raises(InvalidRequestError, match="it wrote 10000000 bytes, at most 10000 are allowed"):
         await renderer.render("{{ 'x' * 10000000 }}", TURNS)
     assert await renderer.render("next", TURNS) == "next"
 

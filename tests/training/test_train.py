@@ -1,0 +1,323 @@
+"""Whole runs on a tiny model: right gradients, exact losses, adapters that the server's own checks pass."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch.nn import functional as F
+
+from adapters.base import Base, dequantized_model, load_base
+from adapters.bundle import read_bundle
+from adapters.nf4 import fused_kernel_works
+from adapters.validate import validate_adapter
+from tests.models import build_tiny_model
+from training.data import Collator, Examples, RowEncoder, prepare
+from training.errors import DataError, DivergedError, PublishError, RecipeError
+from training.qlora import attached, lora_config, products_dtype
+from training.recipe import Recipe
+from training.recorder import Recorder
+from training.train import TrainingResult, artefacts_folder, train
+
+ROWS = [{"prompt": f"say {n}", "completion": f"{n * 7 % 10} ok"} for n in range(48)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path, base_cache: Path) -> Base:
+    return load_base(str(folder), purpose="train", device="cpu", cache_dir=base_cache, progress=False)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def recipe_for(data: Path, out: Path, **changes: Any) -> Recipe:
+    values = {"rank": 4, "epochs": 2.0, "learning_rate": 5e-3, "batch_size": 8, "products": "float32"}
+    return Recipe(data=data, out=out, **(values | changes))
+
+
+def run(base: Base, data: Path, folder: str = "out", /, **changes: Any) -> TrainingResult:
+    return train(recipe_for(data, data.with_name(folder), **changes), base, progress=False)
+
+
+# The result
+
+
+def test_the_loss_falls_and_the_adapter_passes_the_servers_checks(base: Base, data: Path) -> None:
+    result = run(base, data, epochs=8.0, eval_fraction=0.2)
+    losses = [point.loss for point in result.fit.losses]
+    assert losses[-1] < 0.3 * losses[0]
+    assert result.fit.final_loss < 0.3 * losses[0]
+    assert result.fit.evals[-1].loss < 0.5 * result.fit.evals[0].loss
+    assert validate_adapter(result.out, base.layout, max_rank=4) == result.facts
+    assert result.facts.delta_norm > 0
+    assert result.facts.target_modules == (
+        "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj",
+    )  # fmt: skip
+    assert len(result.facts.matched_modules) == len(base.layout.modules) - 1  # all but the head
+
+
+def test_the_folder_is_exactly_an_adapter_and_says_where_it_is_from(base: Base, data: Path) -> None:
+    result = run(base, data, seed=5, max_steps=2)
+    names = {path.name for path in result.out.iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "quickchange.json"}
+    bundle = read_bundle(result.out)
+    assert bundle is not None
+    assert (bundle.base_fingerprint, bundle.seed) == (base.fingerprint, 5)
+    assert bundle.chat_template == base.chat_template
+    config = json.loads((result.out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base.name  # and no path of this machine
+
+
+def test_report_and_curve_lie_beside_it(base: Base, data: Path) -> None:
+    result = run(base, data, max_steps=3, eval_fraction=0.2)
+    assert result.artefacts == artefacts_folder(result.out)
+    report = json.loads((result.artefacts / "training.json").read_text())
+    assert report["fit"]["steps"] == 3
+    assert len(report["fit"]["losses"]) == 3
+    assert report["base"]["fingerprint"] == base.fingerprint
+    assert report["data"]["held_out"] == 10
+    assert Recipe.from_mapping(report["recipe"], source="report").rank == 4
+    assert (result.artefacts / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_base_serves_several_runs_and_comes_back_unchanged(base: Base, data: Path) -> None:
+    names = [name for name, _ in base.model.named_modules()]
+    probe = torch.arange(3, 19)[None]
+    before = base.model(probe).logits
+    first, again = run(base, data, "first", max_steps=3), run(base, data, "again", max_steps=3)
+    other = run(base, data, "other", max_steps=3, seed=1)
+    assert first.facts.digest == again.facts.digest
+    assert other.facts.digest != first.facts.digest
+    assert [name for name, _ in base.model.named_modules()] == names
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert not base.model.training
+    assert torch.equal(base.model(probe).logits, before)
+
+
+def test_tokens_are_counted_without_padding(base: Base, data: Path) -> None:
+    result = run(base, data, epochs=2.0)
+    assert result.fit.tokens == 2 * result.data.tokens
+    assert result.fit.steps == 2 * len(ROWS) // 8
+
+
+@pytest.mark.parametrize("method", ["rslora", "lora"])
+def test_other_methods(method: str, folder: Path, base_cache: Path, data: Path) -> None:
+    quantization = "none" if method == "lora" else "nf4"
+    own = load_base(
+        str(folder), purpose="train", quantization=quantization, device="cpu", cache_dir=base_cache,
+        progress=False,
+    )  # fmt: skip
+    result = run(own, data, method=method, max_steps=2)
+    assert result.facts.method == ("rslora" if method == "rslora" else "lora")
+    assert result.facts.base_fingerprint == own.fingerprint
+
+
+# Numbers
+
+
+@pytest.fixture
+def batch(base: Base, data: Path) -> dict[str, Any]:
+    encoder = RowEncoder(base.tokenizer, base.chat_template, base.eos_token_ids, 512)
+    examples = Examples(prepare(data, encoder, held_out_fraction=0, seed=0).train)
+    collate = Collator(base.tokenizer.pad_token_id, answers_only=True)
+    return dict(collate([examples[index] for index in (0, 9, 10, 47)]))  # of several lengths
+
+
+@pytest.fixture
+def oracle(base: Base, folder: Path, base_cache: Path) -> PeftModel:
+    """The same base in plain float32 layers."""
+    plain = dequantized_model(str(folder), cache_dir=base_cache, progress=False)
+    return get_peft_model(plain, lora_config(recipe_for(Path("unused"), Path("unused")), base.layout))
+
+
+def gradients(model: PeftModel, batch: dict[str, Any]) -> torch.Tensor:
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def randomize(model: PeftModel) -> None:
+    """B is zero at the start, which would make half of the gradients zero."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def test_gradients_stay_right_through_an_evaluation(
+    base: Base, data: Path, batch: dict[str, Any], oracle: PeftModel
+) -> None:
+    """bitsandbytes repacks its weights at the first evaluation; gradients would be wrong from then on."""
+    randomize(oracle)
+    expected = gradients(oracle, batch)
+    recipe = recipe_for(data, data.with_name("unused"))
+    with attached(base, recipe, torch.float32) as model:
+        randomize(model)
+        model.train()
+        before = gradients(model, batch)
+        model.eval()
+        with torch.no_grad():
+            model(batch["input_ids"])
+        model.train()
+        after = gradients(model, batch)
+    assert torch.equal(before, after)
+    torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.skipif(not fused_kernel_works(), reason="only processors with AVX512-BF16 repack")
+def test_the_hazard_is_real(base: Base, folder: Path, base_cache: Path, batch: dict[str, Any]) -> None:
+    """The control of the test above: with bitsandbytes' own repacking the gradients do go wrong."""
+    own = load_base(str(folder), purpose="train", device="cpu", cache_dir=base_cache, progress=False)
+    with attached(own, Recipe(data=Path("x"), out=Path("y"), rank=4), torch.bfloat16) as model:
+        randomize(model)
+        before = gradients(model.train(), batch)
+        for module in own.model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = True
+        model.eval()
+        with torch.no_grad():
+            model(batch["input_ids"])
+        after = gradients(model.train(), batch)
+    assert F.cosine_similarity(before, after, dim=0) < 0.9
+
+
+def test_bfloat16_products_change_little(base: Base, data: Path, batch: dict[str, Any]) -> None:
+    found = []
+    for products in (torch.float32, torch.bfloat16):
+        with attached(base, recipe_for(data, data.with_name("unused")), products) as model:
+            randomize(model)
+            found.append(gradients(model.train(), batch))
+    assert F.cosine_similarity(found[0], found[1], dim=0) > 0.999
+    assert not torch.equal(found[0], found[1])
+
+
+def test_the_loss_is_that_of_the_answers_alone(
+    base: Base, batch: dict[str, Any], oracle: PeftModel, data: Path
+) -> None:
+    """Left padding and left-out logits change nothing: each row alone, in plain float32, gives the same."""
+    with attached(base, recipe_for(data, data.with_name("unused")), torch.float32) as model:
+        loss = float(model(**batch).loss.detach())
+    total = count = 0.0
+    keep = batch["logits_to_keep"]
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        tokens = ids[mask.bool()][None]
+        learned = int((labels != -100).sum())
+        assert learned < keep
+        with torch.no_grad():
+            logits = oracle(tokens).logits[0, -learned - 1 : -1]
+        total += float(F.cross_entropy(logits, tokens[0, -learned:], reduction="sum"))
+        count += learned
+    assert loss == pytest.approx(total / count, rel=1e-3)
+
+
+def test_accumulation_is_the_large_batch(base: Base, data: Path) -> None:
+    at_once = run(base, data, "at_once", batch_size=8, max_steps=6)
+    in_parts = run(base, data, "in_parts", batch_size=2, gradient_accumulation=4, max_steps=6)
+    for one, other in zip(at_once.fit.losses, in_parts.fit.losses, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-3)
+
+
+def test_checkpointing_computes_the_same(base: Base, data: Path) -> None:
+    plain = run(base, data, "plain", max_steps=4)
+    checkpointed = run(base, data, "checkpointed", max_steps=4, gradient_checkpointing=True)
+    assert [p.loss for p in plain.fit.losses] == pytest.approx([p.loss for p in checkpointed.fit.losses])
+    assert not base.model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_optimizers(base: Base, data: Path, optimizer: str) -> None:
+    result = run(base, data, optimizer=optimizer, epochs=6.0)
+    assert result.fit.final_loss < 0.5 * result.fit.losses[0].loss
+
+
+def test_the_end_is_learned_though_it_is_the_padding(base: Base, data: Path) -> None:
+    """pad == eos must not hide the end: after training, answers stop by themselves."""
+    tokenizer = base.tokenizer
+    before, tokenizer.pad_token = tokenizer.pad_token, tokenizer.eos_token
+    try:
+        data.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in PAIRS * 8))
+        recipe = recipe_for(data, data.with_name("unused"), epochs=10.0, learning_rate=1e-2)
+        result = run(base, data, epochs=20.0, learning_rate=1e-2)
+        with attached(base, recipe, torch.float32) as model:
+            model.load_adapter(result.out, "trained", is_trainable=False)
+            model.set_adapter("trained")
+            answers = [answer_ids(model, base, prompt) for prompt, _ in PAIRS]
+            model.delete_adapter("trained")
+    finally:
+        tokenizer.pad_token = before
+    expected = [[*tokenizer(completion)["input_ids"], tokenizer.eos_token_id] for _, completion in PAIRS]
+    assert answers == expected
+
+
+PAIRS = (("a", "long answer"), ("bcdef", "no"))
+
+
+def answer_ids(model: PeftModel, base: Base, prompt: str) -> list[int]:
+    encoder = RowEncoder(base.tokenizer, base.chat_template, base.eos_token_ids, 512)
+    ids = torch.tensor([encoder.prompt_ids([{"role": "user", "content": prompt}])])
+    generated = model.eval().generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False,
+        pad_token_id=base.tokenizer.pad_token_id,
+    )  # fmt: skip
+    return list(generated[0, ids.shape[1] :].tolist())
+
+
+def test_products_are_chosen_by_measurement_only_if_open() -> None:
+    cpu = torch.device("cpu")
+    recipe = Recipe(data=Path("x"), out=Path("y"), products="float32")
+    assert products_dtype(recipe, cpu) is torch.float32
+    assert products_dtype(Recipe(data=Path("x"), out=Path("y")), cpu) in (torch.float32, torch.bfloat16)
+    assert products_dtype(Recipe(data=Path("x"), out=Path("y")), torch.device("cuda")) is torch.bfloat16
+
+
+# What is refused
+
+
+def test_an_existing_folder_is_left_alone(base: Base, data: Path) -> None:
+    out = data.with_name("out")
+    out.mkdir()
+    (out / "mine").touch()
+    with pytest.raises(FileExistsError, match="exists already; remove it"):
+        run(base, data)
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_a_failed_run_leaves_nothing(base: Base, data: Path) -> None:
+    with pytest.raises(RecipeError, match=r"target_modules is \('nothing',\)"):
+        run(base, data, target_modules=("nothing",))
+    data.write_text("{}\n")
+    with pytest.raises(DataError, match="line 1"):
+        run(base, data)
+    assert [path.name for path in data.parent.iterdir()] == ["rows.jsonl"]
+    assert not any("lora" in name for name, _ in base.model.named_modules())
+
+
+def test_a_base_of_another_quantization(base: Base, data: Path) -> None:
+    with pytest.raises(RecipeError, match="method lora trains on quantization none, the base given has nf4"):
+        run(base, data, method="lora")
+
+
+def test_a_server_that_is_not_there_is_noticed_before_training(base: Base, data: Path) -> None:
+    with pytest.raises(PublishError, match=r"--publish 127\.0\.0\.1:1: "):
+        run(base, data, publish="127.0.0.1:1", name="x")
+    assert not data.with_name("out").exists()
+
+
+def test_a_diverging_run_ends() -> None:
+    recorder = Recorder(progress=False)
+    state = type("State", (), {"global_step": 7})()
+    recorder.on_log(None, state, None, {"loss": 1.0, "learning_rate": 1e-3})
+    with pytest.raises(DivergedError, match="the loss is nan at step 7; lower learning_rate"):
+        recorder.on_log(None, state, None, {"loss": float("nan"), "learning_rate": 1e-3})
