@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from quickchange import __version__
-from quickchange.commands import adapters, chat, generate, info, merge, serve, train
+from quickchange.commands import adapters, chat, demo, generate, info, merge, serve, train
 from quickchange.commands.failure import FAILED, CommandError
 from quickchange.errors import QuickchangeError
 
@@ -21,6 +21,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "chat": chat,
     "adapters": adapters,
     "info": info,
+    "demo": demo,
     "train": train,
     "merge": merge,
 }

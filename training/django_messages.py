@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from training.errors import DataError
+
 _SHORTEST, _LONGEST = 15, 90
 _PLACEHOLDERS: Final = ("%", "{", "<", "\n")
 _CONTEXT: Final = "\x04"  # gettext's mark between a context and its message
@@ -59,5 +61,7 @@ def _root() -> Path:
     """Where Django lies; it is not imported, only read."""
     spec = importlib.util.find_spec("django")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("Django is not installed; pip install 'quickchange[demo]'")
+        raise DataError(
+            "Django is not installed, whose translations are read; pip install 'quickchange[demo]'"
+        )
     return Path(spec.origin).parent

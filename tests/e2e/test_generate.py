@@ -22,7 +22,7 @@ from quickchange import (
 )
 from quickchange.errors import from_rpc
 from quickchange.v1 import inference_pb2, inference_pb2_grpc
-from tests.e2e.process import ServerProcess
+from tests.e2e.process import ServerProcess, eventually
 from tests.parity.oracle import Oracle
 
 PROMPT = "The quick brown fox"
@@ -272,6 +272,6 @@ def test_prompts_are_not_in_the_log(server: ServerProcess, client: Client) -> No
     client.generate("a very private sentence", max_new_tokens=1, request_id="private-1")
     with pytest.raises(InvalidArgumentError):
         client.generate([{"role": "very private", "content": "x"}])
-    assert "request_id=private-1" in server.log
-    assert "reason=INVALID_REQUEST about=chat.messages[0].role" in server.log
+    eventually(lambda: "request_id=private-1" in server.log)
+    eventually(lambda: "reason=INVALID_REQUEST about=chat.messages[0].role" in server.log)
     assert "very private" not in server.log

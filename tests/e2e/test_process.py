@@ -260,6 +260,10 @@ def test_a_taken_port(base: Path, tmp_path: Path, flag: str, capsys: pytest.Capt
     assert not (tmp_path / "store").exists()  # found out before anything else was done
 
 
+def test_too_little_memory(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "error: " in failing(capsys, base, tmp_path / "store", kv_bytes=1)
+
+
 def test_an_address_of_somebody_else(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = failing(capsys, base, tmp_path / "store", host="192.0.2.1", port=50051)
     assert line.startswith("error: cannot listen on 192.0.2.1:50051: ")

@@ -151,6 +151,7 @@ def test_chat_at_a_terminal(target: str, script: Script) -> None:
         os.write(ours, b"Hi\n")
         assert b"error: no adapter x" in _read_until(ours, b"> ")
         script.endless = True
+        script.ended.clear()
         os.write(ours, b"Hello\n")
         _read_until(ours, b"t1 ")
         process.send_signal(signal.SIGINT)

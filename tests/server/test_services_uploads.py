@@ -9,7 +9,7 @@ from typing import Any
 import google_crc32c
 import pytest
 
-from adapters.errors import AdapterCorruptError, CapacityError, UploadOffsetError
+from adapters.errors import AdapterCorruptError, CapacityError, InvalidAdapterError, UploadOffsetError
 from quickchange.v1 import adapters_pb2
 from server.errors import InvalidRequestError
 from server.services.uploads import MAX_CHUNK_BYTES, StagedUpload, plan_of
@@ -88,7 +88,6 @@ def test_other_bytes_than_announced_are_refused(upload: StagedUpload) -> None:
 @pytest.mark.parametrize(
     ("bad", "field"),
     [
-        (header(version=0), "header.version"),
         (header(upload_file("adapter_config.json", CONFIG)), "header.files"),
         (header(*header().files, upload_file("adapter_config.json", CONFIG)), "header.files"),
         (header(*header().files, upload_file("../evil", CONFIG)), "header.files[2].name"),
@@ -116,6 +115,24 @@ def test_a_bad_header_is_refused_by_its_field(bad: adapters_pb2.UploadHeader, fi
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (header(name="../evil"), "BAD_NAME"),
+        (header(version=0), "BAD_VERSION"),
+        (header(labels={"": "x"}), "BAD_LABELS"),
+        (header(labels={str(index): "x" for index in range(33)}), "BAD_LABELS"),
+        (header(description="x" * 5000), "BAD_DESCRIPTION"),
+    ],
+)
+def test_what_the_store_would_refuse_is_refused_before_a_byte_comes(
+    bad: adapters_pb2.UploadHeader, reason: str
+) -> None:
+    with pytest.raises(InvalidAdapterError) as caught:
+        plan_of(bad, 1 << 50)
+    assert caught.value.reason == reason
+
+
 def test_no_files_at_all_are_refused() -> None:
     with pytest.raises(InvalidRequestError, match=r"are none; send adapter_config.json and"):
         plan_of(adapters_pb2.UploadHeader(name="sql"), 1 << 20)
@@ -136,9 +153,8 @@ def test_a_full_disk_is_told_as_one(upload: StagedUpload, tmp_path: Path) -> Non
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, descriptor)
     os.close(full)
-    with pytest.raises(CapacityError, match="disk is full") as caught:
+    with pytest.raises(CapacityError, match="disk of the adapter store is full"):
         upload.write(chunk(1, 0, WEIGHTS))
-    assert caught.value.reason == "DISK_FULL"
     upload.abandon()
 
 
@@ -155,7 +171,7 @@ def test_nothing_is_written_through_what_is_there_already(tmp_path: Path) -> Non
     staging = tmp_path / "staging"
     staging.mkdir()
     (staging / "adapter_config.json").symlink_to(canary)
-    with pytest.raises(FileExistsError):
+    with pytest.raises(CapacityError, match="File exists"):
         StagedUpload(staging, plan_of(header(), 1 << 20))
     assert canary.read_text() == "untouched"
 

@@ -1,0 +1,175 @@
+"""Replaces an adapter while it is in use, and keeps account of who answered. Knows no process."""
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from quickchange import Client, ResolvedAdapter
+from training.tasks import Question
+
+_STREAMS: Final = 4
+_CALLERS: Final = 4
+_STREAM_TOKENS: Final = 96
+_UNDER_WAY_EVENTS: Final = 3
+_MAX_NEW_TOKENS: Final = 8
+_PATIENCE_S: Final = 120.0
+_AFTERWARDS_S: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class LongAnswer:
+    """A stream from its first to its last token; seconds on time.monotonic()."""
+
+    question: Question
+    adapter: ResolvedAdapter
+    token_ids: tuple[int, ...]
+    ended_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ShortAnswer:
+    """One request of the load; seconds on time.monotonic()."""
+
+    question: Question
+    adapter: ResolvedAdapter
+    text: str
+    asked_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """What happened.
+
+    Attributes:
+        published_s: when the upload of the new version was answered, on time.monotonic().
+        publish_seconds: from the start of the upload until then.
+        repeated: tokens of the streams' questions, asked again of the old version afterwards.
+    """
+
+    old: ResolvedAdapter
+    new: ResolvedAdapter
+    published_s: float
+    publish_seconds: float
+    streams: tuple[LongAnswer, ...]
+    repeated: tuple[tuple[int, ...], ...]
+    load: tuple[ShortAnswer, ...]
+
+    @property
+    def streams_that_outlived_it(self) -> int:
+        """Streams that were still running when the new version was already there."""
+        return sum(stream.ended_s > self.published_s for stream in self.streams)
+
+    @property
+    def streams_on_the_old(self) -> int:
+        return sum(stream.adapter.digest == self.old.digest for stream in self.streams)
+
+    @property
+    def streams_unchanged(self) -> int:
+        """Streams with the very tokens that the old version alone gives."""
+        pairs = zip(self.streams, self.repeated, strict=True)
+        return sum(stream.token_ids == again for stream, again in pairs)
+
+    def answered_by(self, adapter: ResolvedAdapter) -> list[ShortAnswer]:
+        return [answer for answer in self.load if answer.adapter.digest == adapter.digest]
+
+    @property
+    def asked_afterwards(self) -> list[ShortAnswer]:
+        return [answer for answer in self.load if answer.asked_s > self.published_s]
+
+
+def swap_under_load(client: Client, name: str, successor: Path, questions: Sequence[Question]) -> Swap:
+    """Publishes the next version of `name` while long streams run on it and callers keep asking."""
+    load = _Load(client, name, questions)
+    under_way = threading.Barrier(_STREAMS + 1)
+    with ThreadPoolExecutor(_STREAMS + _CALLERS) as pool:
+        callers = [pool.submit(load.run) for _ in range(_CALLERS)]
+        streams = [
+            pool.submit(_stream, client, name, question, under_way) for question in questions[:_STREAMS]
+        ]
+        try:
+            _wait_for_all(under_way, streams)
+            began_s = time.monotonic()
+            pushed = client.adapters.push(successor, name).adapter
+            published_s = time.monotonic()
+            long_answers = [stream.result() for stream in streams]
+            time.sleep(_AFTERWARDS_S)
+        finally:
+            load.stop()
+            under_way.abort()
+        for caller in callers:
+            caller.result()
+    old = long_answers[0].adapter
+    return Swap(
+        old=old,
+        new=ResolvedAdapter(pushed.name, pushed.version, pushed.digest),
+        published_s=published_s,
+        publish_seconds=published_s - began_s,
+        streams=tuple(long_answers),
+        repeated=_again(client, str(old), [answer.question for answer in long_answers]),
+        load=tuple(load.answers),
+    )
+
+
+@dataclass(slots=True)
+class _Load:
+    """Callers that ask one short question after another until they are told to stop."""
+
+    client: Client
+    name: str
+    questions: Sequence[Question]
+    answers: list[ShortAnswer] = field(default_factory=list)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        while not self._stop.is_set():
+            question = self.questions[len(self.answers) % len(self.questions)]
+            asked_s = time.monotonic()
+            answer = self.client.generate(
+                question.messages, adapter=self.name, max_new_tokens=_MAX_NEW_TOKENS
+            )
+            self.answers.append(ShortAnswer(question, answer.adapter, answer.text, asked_s))
+
+    def stop(self) -> None:
+        self._stop.set()
+
+
+def _stream(client: Client, name: str, question: Question, under_way: threading.Barrier) -> LongAnswer:
+    """A long answer: it goes on past its end so that it is still running when the new version comes."""
+    try:
+        with client.stream(
+            question.messages, adapter=name, max_new_tokens=_STREAM_TOKENS, ignore_eos=True
+        ) as stream:
+            for received, _ in enumerate(stream, start=1):
+                if received == _UNDER_WAY_EVENTS:
+                    under_way.wait(_PATIENCE_S)
+            result = stream.result()
+    except BaseException:
+        under_way.abort()
+        raise
+    return LongAnswer(question, result.adapter, result.token_ids, time.monotonic())
+
+
+def _wait_for_all(under_way: threading.Barrier, streams: Sequence[Future[LongAnswer]]) -> None:
+    """Until every stream has begun; a stream that failed says why."""
+    try:
+        under_way.wait(_PATIENCE_S)
+    except threading.BrokenBarrierError:
+        for stream in streams:
+            stream.result()
+        raise
+
+
+def _again(client: Client, reference: str, questions: Sequence[Question]) -> tuple[tuple[int, ...], ...]:
+    """What the version that `reference` names gives with nothing else running."""
+
+    def tokens(question: Question) -> tuple[int, ...]:
+        return client.generate(
+            question.messages, adapter=reference, max_new_tokens=_STREAM_TOKENS, ignore_eos=True
+        ).token_ids
+
+    with ThreadPoolExecutor(_STREAMS) as pool:
+        return tuple(pool.map(tokens, questions))
