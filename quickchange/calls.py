@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 import grpc
@@ -17,6 +18,7 @@ ResponseT_co = TypeVar("ResponseT_co", covariant=True)
 class _Future(Protocol[ResponseT_co]):
     def result(self) -> ResponseT_co: ...
     def cancel(self) -> bool: ...
+    def add_done_callback(self, fn: Callable[[object], None]) -> None: ...
 
 
 class _Responses(Protocol[ResponseT_co]):
@@ -128,7 +130,11 @@ def _repeated(once: Callable[[float | None], ResponseT], attempts: Attempts) -> 
 
 
 def _result(call: _Future[ResponseT]) -> ResponseT:
+    # Not `call.result()` alone: an interrupt that hits its wait may leave a lock of gRPC's locked for ever.
+    done: SimpleQueue[object] = SimpleQueue()
     try:
+        call.add_done_callback(done.put)
+        done.get()
         with translated():
             return call.result()
     finally:

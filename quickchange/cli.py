@@ -11,6 +11,7 @@ from quickchange import __version__
 from quickchange.commands import adapters, chat, demo, generate, info, merge, serve, train
 from quickchange.commands.failure import FAILED, CommandError
 from quickchange.errors import QuickchangeError
+from quickchange.threads import spin_briefly
 
 INTERRUPTED = 130
 PIPE_CLOSED = 141
@@ -30,6 +31,7 @@ COMMANDS: Mapping[str, ModuleType] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code is 0 only if it succeeded."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own notes would mix with ours on standard error
+    spin_briefly(os.environ)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
     args = _parser().parse_args(argv)

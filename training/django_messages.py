@@ -1,9 +1,10 @@
 """Reads the translations that Django ships for its own interface. Knows nothing of questions or models."""
 
+import functools
 import gettext
 import importlib.util
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,7 +25,8 @@ class Translation:
     text: str
 
 
-def translations(languages: Sequence[str]) -> list[Translation]:
+@functools.cache
+def translations(languages: tuple[str, ...]) -> tuple[Translation, ...]:
     """Messages of a readable length without placeholders, which read the same in no two of the languages."""
     found = [
         Translation(language, original, text)
@@ -33,7 +35,7 @@ def translations(languages: Sequence[str]) -> list[Translation]:
         if _is_plain(text) and text != original
     ]
     times = Counter(translation.text for translation in found)
-    return [translation for translation in found if times[translation.text] == 1]
+    return tuple(translation for translation in found if times[translation.text] == 1)
 
 
 def _is_plain(text: str) -> bool:

@@ -42,7 +42,7 @@ class Snippet:
         return "positive" if self.rating > 0 else "negative"
 
 
-def fetch_archive(cache_dir: Path, *, progress: bool) -> Path:
+def fetch_archive(cache_dir: Path) -> Path:
     """The source distribution (2.4 MB), downloaded on first use.
 
     Raises:
@@ -50,7 +50,7 @@ def fetch_archive(cache_dir: Path, *, progress: bool) -> Path:
     """
     folder = cache_dir / "vader" / _SHA256[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    make_once(folder, lambda staged: _download(staged, progress=progress))
+    make_once(folder, _download)
     return folder / _ARCHIVE
 
 
@@ -79,15 +79,15 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
     return member.read()
 
 
-def _download(folder: Path, *, progress: bool) -> None:
+def _download(folder: Path) -> None:
     """By pip, with its settings. pip asks a source package for metadata; it checks the digest before that."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
         requirements.write(f"{_PACKAGE} --hash=sha256:{_SHA256}\n")
         requirements.flush()
         command = [
-            *(sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "vaderSentiment"),
-            *("--require-hashes", "--requirement", requirements.name, "--dest", str(folder)),
-            *(() if progress else ("--quiet",)),
+            *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
+            *("--no-binary", "vaderSentiment", "--require-hashes", "--requirement", requirements.name),
+            *("--dest", str(folder)),
         ]
         result = subprocess.run(
             command,

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from quickchange.commands.generate import add_sampling_options, sampling_options
+from quickchange.commands.interruptible import interruptible
 from quickchange.commands.options import add_command, add_server_options, open_client
 from quickchange.errors import QuickchangeError
-from quickchange.types import FinishReason
+from quickchange.types import Delta, Finished, FinishReason
 
 if TYPE_CHECKING:
     from quickchange.client import Client, GenerationStream
@@ -91,11 +92,12 @@ def _printed(stream: "GenerationStream") -> str:
     """Prints an answer as it comes; Ctrl-C keeps what there is."""
     pieces: list[str] = []
     try:
-        for piece in stream.text():
-            pieces.append(piece)
-            print(piece, end="", flush=True)
-        if stream.result().finish_reason is FinishReason.LENGTH:
-            print(" […]", end="")
+        for event in interruptible(stream):
+            if isinstance(event, Delta):
+                pieces.append(event.text)
+                print(event.text, end="", flush=True)
+            elif isinstance(event, Finished) and event.finish_reason is FinishReason.LENGTH:
+                print(" […]", end="")
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     print(flush=True)

@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING, cast
 
 from quickchange.commands.failure import MISUSED, CommandError
+from quickchange.commands.interruptible import interruptible
 from quickchange.commands.options import (
     add_command,
     add_json_option,
@@ -114,9 +115,9 @@ def _print_answer(client: "Client", prompt: Prompt, args: argparse.Namespace) ->
 def _print_stream(client: "Client", prompt: Prompt, args: argparse.Namespace) -> None:
     with client.stream(prompt, retries=args.retries, **sampling_options(args)) as stream:
         if args.json:
-            for event in stream:
+            for event in interruptible(stream):
                 print_json_line({"event": type(event).__name__.lower()} | plain(event))
             return
-        for piece in stream.text():
+        for piece in interruptible(stream.text()):
             print(piece, end="", flush=True)
         print()

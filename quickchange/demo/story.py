@@ -3,7 +3,7 @@
 import functools
 import shlex
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -76,7 +76,7 @@ def _train(screen: Screen, workspace: Workspace, *, fast: bool) -> tuple[list[Tr
     source = resolve_source("smollm2", cache, progress=True)
     fingerprint = fingerprint_of(source.folder, NF4_SCHEME, cache)
     screen.note(f"{source.name}, fingerprint {fingerprint[:19]}…, kept in {cache}")
-    lessons = curriculum(fetch_archive(cache, progress=True), fast=fast)
+    lessons = curriculum(fetch_archive(cache), fast=fast)
     screen.heading("Training: QLoRA on that base, rank 8 on every linear layer, one pass over the rows")
     _credit(screen, lessons)
     base = functools.cache(_base_for_training)
@@ -136,7 +136,7 @@ def _ask(screen: Screen, client: Client, tasks: Sequence[Task]) -> None:
             screen.note(f"Q: {one_line(question.text, 100)}  (right: {question.answer})")
             for adapter in (BASE, *(other.name for other in tasks)):
                 mark = "→" if adapter == task.name else " "
-                answer = one_line(together.answers[Ask(adapter, question)], 80)
+                answer = one_line(together.answers[Ask(adapter, question)], 80) or "(nothing)"
                 screen.note(f" {mark} {adapter or 'base':<10} {answer}")
     screen.line()
     screen.note(_sharing(len(together.answers), together))
@@ -166,20 +166,27 @@ def _swap(screen: Screen, client: Client, current: Trained, successor: Trained) 
     task = successor.lesson.task
     screen.heading(f"Hot swap: {task.name}@2 answers in the language's own name; published under load")
     swap = swap_under_load(client, task.name, successor.folder, current.lesson.task.held_out)
-    streams = len(swap.streams)
     by_old, by_new = swap.answered_by(swap.old), swap.answered_by(swap.new)
     late = [answer for answer in swap.asked_afterwards if answer.adapter.digest != swap.new.digest]
     screen.note(f"published in {swap.publish_seconds:.2f} s, checks included; nothing was restarted")
     screen.note(
-        f"long streams: {swap.streams_on_the_old} of {streams} began on {swap.old}, "
-        f"{swap.streams_that_outlived_it} were still running when {swap.new} was there, and "
-        f"{swap.streams_unchanged} gave the very tokens that {swap.old} gives when asked again"
+        f"long streams: {swap.streams_on_the_old} of {len(swap.streams)} began on {swap.old}; when "
+        f"{swap.new} was there they had {_numbers(s.tokens_by(swap.published_s) for s in swap.streams)} of "
+        f"{_numbers(len(s.token_ids) for s in swap.streams)} tokens, and went on as {swap.old}:"
+    )
+    screen.note(
+        f"  asked again, {swap.old} gives the same tokens up to the first near-tie "
+        f"({_numbers(swap.agreement_with_old)}), {swap.new} others ({_numbers(swap.agreement_with_new)})"
     )
     screen.note(
         f"short requests meanwhile: {len(by_old)} answered by {swap.old}, {len(by_new)} by {swap.new}, none "
         f"failed; of {len(swap.asked_afterwards)} asked after the upload, {len(late)} got the old version"
     )
     _show_swap(screen, swap)
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _show_swap(screen: Screen, swap: Swap) -> None:
@@ -223,7 +230,7 @@ def _go_on(screen: Screen, server: ServerProcess, workspace: Workspace, task: Ta
     else:
         address = "127.0.0.1:50051"
         screen.note(f"quickchange serve --base smollm2 --store {workspace.store}")
-    prompt = shlex.quote(task.held_out[0].text)
+    prompt = shlex.quote(one_line(task.held_out[0].text))
     option = f"--server {address}"
     screen.note(f"quickchange adapters list {option}")
     screen.note(

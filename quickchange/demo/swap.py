@@ -22,12 +22,20 @@ _AFTERWARDS_S: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class LongAnswer:
-    """A stream from its first to its last token; seconds on time.monotonic()."""
+    """A stream from its first to its last token; seconds on time.monotonic().
+
+    Attributes:
+        arrived_s: of each token.
+    """
 
     question: Question
     adapter: ResolvedAdapter
     token_ids: tuple[int, ...]
-    ended_s: float
+    arrived_s: tuple[float, ...]
+
+    def tokens_by(self, time_s: float) -> int:
+        """How many tokens had arrived by then."""
+        return sum(arrived_s <= time_s for arrived_s in self.arrived_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +55,7 @@ class Swap:
     Attributes:
         published_s: when the upload of the new version was answered, on time.monotonic().
         publish_seconds: from the start of the upload until then.
-        repeated: tokens of the streams' questions, asked again of the old version afterwards.
+        old_again, new_again: tokens of the streams' questions, asked again of each version afterwards.
     """
 
     old: ResolvedAdapter
@@ -55,23 +63,25 @@ class Swap:
     published_s: float
     publish_seconds: float
     streams: tuple[LongAnswer, ...]
-    repeated: tuple[tuple[int, ...], ...]
+    old_again: tuple[tuple[int, ...], ...]
+    new_again: tuple[tuple[int, ...], ...]
     load: tuple[ShortAnswer, ...]
-
-    @property
-    def streams_that_outlived_it(self) -> int:
-        """Streams that were still running when the new version was already there."""
-        return sum(stream.ended_s > self.published_s for stream in self.streams)
 
     @property
     def streams_on_the_old(self) -> int:
         return sum(stream.adapter.digest == self.old.digest for stream in self.streams)
 
     @property
-    def streams_unchanged(self) -> int:
-        """Streams with the very tokens that the old version alone gives."""
-        pairs = zip(self.streams, self.repeated, strict=True)
-        return sum(stream.token_ids == again for stream, again in pairs)
+    def agreement_with_old(self) -> list[int]:
+        """Per stream: tokens until the first that the old version, asked again, chooses otherwise.
+
+        Products are rounded otherwise in another batch, which decides between tokens that are nearly tied.
+        """
+        return _agreements(self.streams, self.old_again)
+
+    @property
+    def agreement_with_new(self) -> list[int]:
+        return _agreements(self.streams, self.new_again)
 
     def answered_by(self, adapter: ResolvedAdapter) -> list[ShortAnswer]:
         return [answer for answer in self.load if answer.adapter.digest == adapter.digest]
@@ -109,7 +119,8 @@ def swap_under_load(client: Client, name: str, successor: Path, questions: Seque
         published_s=published_s,
         publish_seconds=published_s - began_s,
         streams=tuple(long_answers),
-        repeated=_again(client, str(old), [answer.question for answer in long_answers]),
+        old_again=_again(client, str(old), [answer.question for answer in long_answers]),
+        new_again=_again(client, pushed.reference, [answer.question for answer in long_answers]),
         load=tuple(load.answers),
     )
 
@@ -139,18 +150,20 @@ class _Load:
 
 def _stream(client: Client, name: str, question: Question, under_way: threading.Barrier) -> LongAnswer:
     """A long answer: it goes on past its end so that it is still running when the new version comes."""
+    arrived_s: list[float] = []
     try:
         with client.stream(
             question.messages, adapter=name, max_new_tokens=_STREAM_TOKENS, ignore_eos=True
         ) as stream:
-            for received, _ in enumerate(stream, start=1):
+            for received, event in enumerate(stream, start=1):
+                arrived_s += [time.monotonic()] * len(getattr(event, "token_ids", ()))
                 if received == _UNDER_WAY_EVENTS:
                     under_way.wait(_PATIENCE_S)
             result = stream.result()
     except BaseException:
         under_way.abort()
         raise
-    return LongAnswer(question, result.adapter, result.token_ids, time.monotonic())
+    return LongAnswer(question, result.adapter, result.token_ids, tuple(arrived_s))
 
 
 def _wait_for_all(under_way: threading.Barrier, streams: Sequence[Future[LongAnswer]]) -> None:
@@ -173,3 +186,12 @@ def _again(client: Client, reference: str, questions: Sequence[Question]) -> tup
 
     with ThreadPoolExecutor(_STREAMS) as pool:
         return tuple(pool.map(tokens, questions))
+
+
+def _agreements(streams: Sequence[LongAnswer], again: Sequence[tuple[int, ...]]) -> list[int]:
+    return [_common_prefix(stream.token_ids, other) for stream, other in zip(streams, again, strict=True)]
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = list(zip(one, other, strict=False))
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), len(pairs))

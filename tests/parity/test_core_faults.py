@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_an_adapter_with_nan_spoils_nobody_else(harness: Harness, tmp_path: Path
     """Forced past every check, and its blocks reused afterwards."""
     asks = good_asks()
     expected = [list(answer.token_ids) for answer in harness.run(asks)]
-    identity = publish_poison(harness.store, tmp_path / "a", tmp_path / "b")
+    identity = publish_poison(harness.store, tmp_path / "b")
     poison = Request("poison", tuple(range(20)), SamplingParams(max_new_tokens=8), identity)
     for _ in range(3):
         tokens, last = run_with(harness, poison, asks)
@@ -68,23 +69,18 @@ def test_an_adapter_with_nan_spoils_nobody_else(harness: Harness, tmp_path: Path
         assert torch.isfinite(layer.v_NSKE).all()
 
 
-def publish_poison(store: AdapterStore, good: Path, victim: Path) -> AdapterIdentity:
+def publish_poison(store: AdapterStore, victim: Path) -> AdapterIdentity:
     """Publishes NaN under the facts of a good adapter, as if the check had missed it."""
     facts = store.resolve("b").facts
-    tensors = load_file(victim / "adapter_model.safetensors")
     staged = store.new_staging()
-    (staged / "adapter_config.json").write_bytes((victim / "adapter_config.json").read_bytes())
-    save_file(
-        {k: torch.full_like(v, float("nan")) for k, v in tensors.items()},
-        staged / "adapter_model.safetensors",
-    )
+    for file in victim.iterdir():
+        (staged / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(victim / "adapter_model.safetensors")
+    poisoned = {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()}
+    save_file(poisoned, staged / "adapter_model.safetensors", metadata={"format": "pt"})
     fake = "sha256:" + "f" * 64
-    record, _ = store.publish("poison", staged, type(facts)(**{**_fields(facts), "digest": fake}))
+    record, _ = store.publish("poison", staged, replace(facts, digest=fake))
     return AdapterIdentity("poison", record.version, fake)
-
-
-def _fields(facts: Any) -> dict[str, Any]:
-    return {name: getattr(facts, name) for name in facts.__dataclass_fields__}
 
 
 def test_a_forward_pass_that_fails_for_one_request_fails_that_one_only(

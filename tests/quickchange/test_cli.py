@@ -3,11 +3,13 @@
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -34,12 +36,19 @@ def run(target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     return once
 
 
-def spawned(*argv: str, **options: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def spawned(*argv: str, **options: object) -> Iterator[subprocess.Popen[str]]:
+    """A command as a process of its own, which does not outlive the block."""
+    process = subprocess.Popen(
         [sys.executable, "-m", "quickchange", *argv],
         text=True,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,  # type: ignore[call-overload]
     )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()  # no effect on one that has ended
 
 
 # Asking
@@ -171,6 +180,7 @@ def test_chat_at_a_terminal(target: str, script: Script) -> None:
 def _read_until(terminal: int, end: bytes) -> bytes:
     shown = b""
     while end not in shown:
+        assert select.select([terminal], [], [], 20)[0], f"no {end!r} after {shown!r}"
         shown += os.read(terminal, 1024)
     return shown
 
@@ -322,7 +332,7 @@ def test_misuse_exits_2(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     "command",
     [
-        *(command for command in COMMANDS if command != "demo"),
+        *COMMANDS,
         *(f"adapters {action}" for action in ACTIONS),
     ],
 )
