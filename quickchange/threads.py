@@ -4,10 +4,10 @@ from collections.abc import MutableMapping
 from typing import Final
 
 SPIN_COUNT: Final = 10_000
-"""Turns that GNU OpenMP's threads spin before they sleep; its own default is some 300 000, which is milliseconds.
+"""Turns that GNU OpenMP's threads spin before they sleep; its own default is some 300 000: milliseconds.
 
-As soon as another program needs a processor, every barrier of a forward pass would wait that long for a thread
-that is not running. Measurements: docs/performance.md.
+As soon as another program needs a processor, every barrier of a forward pass would wait that long for a
+thread that is not running. Measured: docs/performance.md.
 """
 
 
