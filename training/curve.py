@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-_SMOOTHING: Final = 0.9
+_SMOOTHING: Final = 0.8
 _SIZE_INCHES: Final = (8.0, 4.5)
 
 

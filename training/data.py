@@ -130,12 +130,19 @@ class RowEncoder:
         if self._chat_template is None:
             return self._ids(_plain_prompt(messages, line), special=True)
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                list(messages), chat_template=self._chat_template, add_generation_prompt=True, tokenize=False
-            )
+            text = self._rendered(messages, up_to_the_answer=True)
         except Exception as error:  # a template is data, and can fail in any way
             raise DataError(f"line {line}: the base's chat template refuses it: {error}") from None
         return self._ids(text, special=False)  # the template wrote the special tokens itself
+
+    def _rendered(self, messages: Sequence[Message], *, up_to_the_answer: bool) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=self._chat_template,
+            add_generation_prompt=up_to_the_answer,
+            tokenize=False,
+        )
+        return text
 
     def _answer(self, row: Row, index: int) -> Example:
         prompt = self.prompt_ids(row.messages[:index], line=row.line)
@@ -160,12 +167,9 @@ class RowEncoder:
         Llama 3 ends turns with <|eot_id|>, which is not its tokenizer's EOS: learned is what is rendered.
         """
         if self._chat_template is not None:
-            mark = "answer"
-            chat = [turn("user", "question"), turn("assistant", mark)]
-            rendered: str = self._tokenizer.apply_chat_template(
-                chat, chat_template=self._chat_template, tokenize=False
-            )
-            for token in self._ids(rendered[rendered.rindex(mark) + len(mark) :], special=False):
+            chat = (turn("user", "question"), turn("assistant", "answer"))
+            _, _, after = self._rendered(chat, up_to_the_answer=False).rpartition("answer")
+            for token in self._ids(after, special=False):
                 if token in eos_token_ids:
                     return token
         return self._plain_eos(eos_token_ids)

@@ -27,7 +27,7 @@ _PROBE_SHAPE: Final = (512, 576, 1536)  # rows, D, O: a batch of short rows in a
 _PROBE_REPEATS: Final = 5
 
 OPTIMIZERS: Final = {
-    "adamw": "adamw_torch",
+    "adamw": "adamw_torch_fused",
     "adamw_8bit": "adamw_bnb_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }

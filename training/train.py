@@ -196,7 +196,8 @@ def _fit(
 
 def _arguments(recipe: Recipe, base: Base, data: TrainingData, scratch: Path) -> TrainingArguments:
     on_cpu = base.device.type == "cpu"
-    steps_per_epoch = math.ceil(len(data.train) / (recipe.batch_size * recipe.gradient_accumulation))
+    steps_per_epoch = math.ceil(math.ceil(len(data.train) / recipe.batch_size) / recipe.gradient_accumulation)
+    steps = recipe.max_steps or math.ceil(recipe.epochs * steps_per_epoch)
     return TrainingArguments(
         output_dir=str(scratch),
         per_device_train_batch_size=recipe.batch_size,
@@ -206,7 +207,7 @@ def _arguments(recipe: Recipe, base: Base, data: TrainingData, scratch: Path) ->
         max_steps=recipe.max_steps or -1,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=_SCHEDULES[recipe.schedule],
-        warmup_steps=recipe.warmup_ratio,
+        warmup_steps=math.floor(steps * recipe.warmup_ratio),  # its first step learns nothing: not of so few
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_gradient_norm,
         optim=optimizer_name(recipe, base.device),

@@ -32,7 +32,6 @@ _METRICS: Final = (
     "quickchange_adapter_requests_total",
     "quickchange_batch_adapters_sum",
     "quickchange_batch_adapters_count",
-    "quickchange_adapters_resident",
     "quickchange_requests_finished_total",
 )
 

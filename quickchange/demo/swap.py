@@ -13,7 +13,7 @@ from training.tasks import Question
 
 _STREAMS: Final = 4
 _CALLERS: Final = 4
-_STREAM_TOKENS: Final = 96
+_STREAM_TOKENS: Final = 64
 _UNDER_WAY_EVENTS: Final = 3
 _MAX_NEW_TOKENS: Final = 8
 _PATIENCE_S: Final = 120.0

@@ -6,6 +6,7 @@ Prints a table and writes JSON. Ratios within one run are what counts: machines 
 import argparse
 import asyncio
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -20,12 +21,14 @@ import torch
 from adapters.base import load_base
 from adapters.nf4 import fused_kernel_works
 from quickchange import Client
+from quickchange.threads import spin_briefly
 from tests.bench.adapters import write_random_adapter
 from tests.bench.load import Ask, Measurement, closed_loop, random_asks
 from tests.bench.server_process import running_server
 
 
 def main() -> None:
+    spin_briefly(os.environ)  # for both sides alike
     options = parse()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)

@@ -167,7 +167,7 @@ def test_the_end_is_what_the_template_writes_if_the_server_stops_there(tokenizer
 
 
 def test_a_template_that_refuses_names_the_line(tokenizer: Any) -> None:
-    template = "{% if messages|length == 1 %}{{ raise_exception('no') }}{% endif %}" + CHAT_TEMPLATE
+    template = "{% if messages[0]['content'] == 'a' %}{{ raise_exception('no') }}{% endif %}" + CHAT_TEMPLATE
     with pytest.raises(DataError, match=r"line 9: the base's chat template refuses it: no"):
         encoder_for(tokenizer, template=template).encode(parse_row(9, '{"prompt": "a", "completion": "b"}'))
 

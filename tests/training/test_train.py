@@ -105,6 +105,19 @@ def test_a_base_serves_several_runs_and_comes_back_unchanged(base: Base, data: P
     assert torch.equal(base.model(probe).logits, before)
 
 
+def test_a_single_step_learns_something(base: Base, data: Path) -> None:
+    """A warm-up begins at a rate of nought; it must not be all that there is."""
+    assert run(base, data, max_steps=1, warmup_ratio=0.1).facts.delta_norm > 0
+
+
+def test_the_warm_up_rises_and_the_cosine_falls(base: Base, data: Path) -> None:
+    rates = [point.learning_rate for point in run(base, data, max_steps=10, warmup_ratio=0.3).fit.losses]
+    assert rates[0] == 0.0
+    assert max(rates) == rates[3] == pytest.approx(5e-3)
+    assert rates[:4] == sorted(rates[:4])
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
 def test_tokens_are_counted_without_padding(base: Base, data: Path) -> None:
     result = run(base, data, epochs=2.0)
     assert result.fit.tokens == 2 * result.data.tokens
