@@ -128,7 +128,7 @@ def test_left_overs_are_removed_at_the_next_start_and_nothing_else(root: Path, t
             digest_of("a").removeprefix("sha256:"),
             "lost+found",
         }
-        assert len(list((root / "staging").iterdir())) == 2  # this session and its lock
+        assert len(list((root / "staging").iterdir())) == 2  # this opening and its lock
     assert (canary / "file").read_text() == "precious"
 
 
