@@ -1,8 +1,11 @@
 """`quickchange demo`: the whole story on this machine. Imports torch only to run."""
 
 import argparse
+import signal
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 from quickchange.commands.failure import CommandError, needs_extra
 from quickchange.commands.options import add_command
@@ -39,8 +42,13 @@ def run(args: argparse.Namespace) -> int:
         from quickchange.demo.errors import DemoError
         from quickchange.demo.story import tell
         from training.errors import TrainingError
+    signal.signal(signal.SIGTERM, _exit)  # as Ctrl-C does: the server that the demo started goes too
     try:
         tell(args.out, keep=args.keep, fast=args.fast)
     except (DemoError, TrainingError, AdapterError, BaseModelError) as error:
         raise CommandError(str(error)) from error
     return 0
+
+
+def _exit(number: int, _: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)

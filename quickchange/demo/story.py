@@ -75,6 +75,7 @@ def _train(screen: Screen, workspace: Workspace, *, fast: bool) -> tuple[list[Tr
     source = resolve_source("smollm2", cache, progress=True)
     fingerprint = fingerprint_of(source.folder, NF4_SCHEME, cache)
     screen.note(f"{source.name}, fingerprint {fingerprint[:19]}…, kept in {cache}")
+    screen.note("rated reviews: read from the source package of vaderSentiment, which is not installed")
     lessons = curriculum(fetch_archive(cache), fast=fast)
     screen.heading("Training: QLoRA on that base, rank 8 on every linear layer, one pass over the rows")
     _credit(screen, lessons)
