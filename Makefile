@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := $(wildcard protos/quickchange/v1/*.proto)
+NATIVE := setup.py $(wildcard kernels/native/*)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-slow lint format protos bench clean install
+.PHONY: demo test test-slow lint format protos bench bench-kernels kernels clean install
 .DEFAULT_GOAL := help
 
 help:  ## What there is
@@ -14,11 +15,16 @@ help:  ## What there is
 
 install: $(STAMP)  ## The virtual environment with everything pinned
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@ls kernels/_native*.so >/dev/null 2>&1 || echo 'The native kernels were not built: no C++ compiler, or it failed. `$(BIN)/quickchange doctor` says what to do.'
 	touch $@
+
+kernels:  ## Build the native kernels alone, in place
+	@test -x $(BIN)/python || $(MAKE) --no-print-directory install
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 demo: $(STAMP)  ## Train adapters, serve them on one base, swap them live; ARGS=--keep leaves the server up
 	$(BIN)/quickchange demo $(ARGS)
@@ -31,6 +37,9 @@ test-slow: $(STAMP)  ## The slow ones too
 
 bench: $(STAMP)  ## Benchmarks: a table and JSON
 	$(BIN)/python -m tests.bench $(ARGS)
+
+bench-kernels: $(STAMP)  ## Benchmarks of the kernels alone
+	$(BIN)/python -m tests.bench.kernels $(ARGS)
 
 lint: $(STAMP)  ## Format, lint, types, floors, protos, stubs up to date
 	$(BIN)/ruff format --check .
@@ -49,5 +58,5 @@ protos: $(STAMP)  ## Generate quickchange/v1 from protos/
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTOS)
 
 clean:  ## Remove the environment and every cache of this folder
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info kernels/_native*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,11 +1,13 @@
 """Owns the base model in memory: loaded for serving, for training or dequantised. Knows no adapters.
 
 purpose  quantization  linear layers
-serve    nf4           NF4Linear: immutable, packed for inference (adapters/nf4.py)
+serve    either        on a CPU packed for native code (adapters/native.py), where that is there
+serve    nf4           else packed for bitsandbytes' kernels (adapters/nf4.py)
 train    nf4           bitsandbytes Linear4bit, never repacked, so that gradients and saving stay right
-either   none          torch Linear; with float32 this is the exact mode that parity tests use
+either   none          else torch Linear; with float32 this is the exact mode that parity tests use
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,15 +24,21 @@ from adapters.cache import default_cache_dir
 from adapters.errors import BaseModelError, UnsupportedBaseError
 from adapters.fingerprint import fingerprint_of
 from adapters.layout import BaseLayout, ModuleShape
-from adapters.nf4 import NF4Linear, dequantized_weight, fused_kernel_works, serving_linear
+from adapters.native import use_native_layers
+from adapters.nf4 import dequantized_weight, fused_kernel_works, serving_linear
 from adapters.quantize import NF4_SCHEME, progress_bars, quantized_folder
+from adapters.serving import ServingLinear
 from adapters.sources import Source, resolve_source
 from adapters.support import supported_config
+from kernels.library import status as native_status
 
 Purpose = Literal["serve", "train"]
 Quantization = Literal["nf4", "none"]
 DTypeName = Literal["auto", "bfloat16", "float32"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+KernelChoice = Literal["auto", "native", "torch"]
+
+log = logging.getLogger(__name__)
 
 _NO_LIMIT = 1_000_000_000  # tokenizers without a limit say 1e30
 
@@ -46,7 +54,9 @@ class Base:
         folder: where its configuration, unquantised weights and tokenizer lie on this machine.
         fingerprint: "sha256:…" of weights, configuration and quantisation.
         quantization: "nf4" or "none".
-        dtype: of activations, norms, embeddings and the output head.
+        dtype: of activations, norms and embeddings.
+        storage_dtype: in which keys, values, adapters and weights that are not quantised are kept.
+        kernels: what computes: native code, or torch and bitsandbytes.
         layout: every linear module by name and shape.
         weight_bytes: memory of all weights and buffers, each counted once.
         chat_template: Jinja source, None if the model has none.
@@ -63,6 +73,8 @@ class Base:
     quantization: Quantization
     device: torch.device
     dtype: torch.dtype
+    storage_dtype: torch.dtype
+    kernels: Literal["native", "torch"]
     layout: BaseLayout
     weight_bytes: int
     chat_template: str | None
@@ -78,6 +90,7 @@ def load_base(
     quantization: Quantization = "nf4",
     dtype: DTypeName = "auto",
     device: DeviceName = "auto",
+    kernels: KernelChoice = "auto",
     cache_dir: Path | None = None,
     progress: bool = True,
 ) -> Base:
@@ -86,19 +99,24 @@ def load_base(
     Args:
         source: a folder with safetensors, a GGUF file, a hub id, or "smollm2".
         purpose: "serve" gives immutable layers; "train" gives layers that PEFT and autograd understand.
-        dtype: "auto" is bfloat16 on CUDA, float32 around bfloat16 products of NF4 weights on a CPU;
-            "float32" makes every product exact.
+        dtype: "auto" is bfloat16 on CUDA. On a CPU it is float32; in native code all arithmetic is, and
+            keys, values, adapters and weights that are not quantised are stored in bfloat16; without it
+            products of NF4 weights are in bfloat16. "float32" stores and computes everything in float32.
         device: "auto" is CUDA if there is one.
+        kernels: for serving on a CPU; "auto" is native code where it is there, "torch" plain torch and
+            bitsandbytes.
         cache_dir: where fetched, converted and quantised models are kept; $QUICKCHANGE_CACHE or
             ~/.cache/quickchange if None.
         progress: whether long work shows progress bars.
 
     Raises:
         BaseNotFoundError: the source is not there or cannot be read.
-        UnsupportedBaseError: its architecture or form cannot be served.
+        UnsupportedBaseError: its architecture or form cannot be served, or "native" was asked for and is not
+            there.
     """
     cache = cache_dir or default_cache_dir()
     place = _device(device)
+    chosen = _kernels(kernels, place) if purpose == "serve" else "torch"
     activations = _activation_dtype(dtype, place)
     found = resolve_source(source, cache, progress=progress)
     supported_config(found.folder)
@@ -112,8 +130,12 @@ def load_base(
     _complete(model, found.folder)
     if purpose == "serve":
         model.requires_grad_(False)
+    storage = torch.bfloat16 if chosen == "native" and dtype != "float32" else activations
+    if chosen == "native":
+        use_native_layers(model, storage)
+    elif purpose == "serve":
         _make_serving(model, activations, fused=dtype != "float32")
-    return _describe(model, found, fingerprint, quantization, place, activations)
+    return _describe(model, found, fingerprint, quantization, place, activations, storage, chosen)
 
 
 def dequantized_model(source: str, *, cache_dir: Path | None = None, progress: bool = True) -> Any:
@@ -156,6 +178,20 @@ def _device(wanted: DeviceName) -> torch.device:
             "device 'cuda' was asked for and there is none; use device 'auto' or 'cpu'"
         )
     return torch.device("cuda", 0) if has_cuda and wanted != "cpu" else torch.device("cpu")
+
+
+def _kernels(wanted: KernelChoice, device: torch.device) -> Literal["native", "torch"]:
+    if wanted == "torch" or (wanted == "auto" and device.type != "cpu"):
+        return "torch"
+    if device.type != "cpu":
+        raise UnsupportedBaseError("native kernels run on a CPU; use kernels 'auto' or device 'cpu'")
+    status = native_status()
+    if status.active:
+        return "native"
+    if wanted == "native":
+        raise UnsupportedBaseError(f"native kernels were asked for and are not there: {status.reason}")
+    log.warning("serving without native kernels: %s; `quickchange doctor` says what to do", status.reason)
+    return "torch"
 
 
 def _activation_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
@@ -234,6 +270,8 @@ def _describe(
     quantization: Quantization,
     device: torch.device,
     dtype: torch.dtype,
+    storage_dtype: torch.dtype,
+    kernels: Literal["native", "torch"],
 ) -> Base:
     tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     return Base(
@@ -245,6 +283,8 @@ def _describe(
         quantization=quantization,
         device=device,
         dtype=dtype,
+        storage_dtype=storage_dtype,
+        kernels=kernels,
         layout=layout_of(model, fingerprint),
         weight_bytes=sum(_tensor_bytes(model)),
         chat_template=_default_template(tokenizer),
@@ -259,7 +299,7 @@ def layout_of(model: Any, fingerprint: str) -> BaseLayout:
     modules = {
         name: ModuleShape(module.in_features, module.out_features)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | NF4Linear)
+        if isinstance(module, nn.Linear | ServingLinear)
     }
     output = model.get_output_embeddings()
     head = next((name for name, module in model.named_modules() if module is output), None)
@@ -270,7 +310,7 @@ def _tensor_bytes(model: nn.Module) -> Iterator[int]:
     yield from (parameter.nbytes for parameter in model.parameters())  # tied ones come once
     yield from (buffer.nbytes for buffer in model.buffers())
     for module in model.modules():
-        if isinstance(module, NF4Linear):
+        if isinstance(module, ServingLinear):
             yield module.weight_bytes
         elif isinstance(module, Linear4bit):
             yield _scale_bytes(module.weight.quant_state)

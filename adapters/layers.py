@@ -9,44 +9,55 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from adapters.layout import BaseLayout
-from kernels.lora import LoraFactors, Segment, add_lora_delta
+from adapters.native import NativeLinear
+from kernels.linear import PackedLinear
+from kernels.lora import LoraFactors, Segments, add_lora_delta
 
 
 @dataclass(slots=True)
 class Routing:
     """Which tokens of the current step use which slot; shared by every layer, set before each step."""
 
-    segments: tuple[Segment, ...] = field(default=())
+    segments: Segments = field(default_factory=Segments)
 
 
 class MultiLoraLinear(nn.Module):
     """A base linear layer plus the low-rank update of whichever adapter each token uses.
 
     Slot 0 is the base: no factors, no cost. The base layer itself is never changed.
+
+    Attributes:
+        packed: the base in its native form, which applies the adapters itself; None if it has none.
     """
 
     def __init__(self, base: nn.Module, routing: Routing) -> None:
         super().__init__()
         self.base = base
         self.routing = routing
-        self.factors: dict[int, LoraFactors] = {}
+        self.packed: PackedLinear | None = base.packed if isinstance(base, NativeLinear) else None
+        self._factors: dict[int, LoraFactors] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, T, D] → […, T, O]; all leading dimensions must be 1 while any segment is set."""
-        y: Tensor = self.base(x)
         segments = self.routing.segments
+        if isinstance(self.base, NativeLinear):
+            adapted: Tensor = self.base(x, segments)
+            return adapted
+        y: Tensor = self.base(x)
         if segments:
-            add_lora_delta(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), segments, self.factors)
+            add_lora_delta(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), segments, self._factors)
         return y
 
     def set_slot(self, slot: int, factors: LoraFactors | None) -> None:
         """Puts factors into a slot, or empties it with None."""
         if slot == 0:
             raise ValueError("slot 0 is the base and takes no factors")
-        if factors is None:
-            self.factors.pop(slot, None)
+        if self.packed is not None:
+            self.packed.set_slot(slot, factors)
+        elif factors is None:
+            self._factors.pop(slot, None)
         else:
-            self.factors[slot] = factors
+            self._factors[slot] = factors
 
 
 class AdapterSlots:

@@ -1,4 +1,4 @@
-"""Owns the serving form of an NF4 linear layer: 4-bit weights that never change. Knows no adapters.
+"""Owns the serving forms of an NF4 linear layer that run in bitsandbytes and torch. Knows no adapters.
 
 B rows of activations, D in-features, O out-features, K blocks of 64 weights.
 
@@ -6,7 +6,8 @@ bitsandbytes' Linear4bit repacks its weight in place at the first evaluation and
 evaluation from then on. The layers here pack a private copy once, at load, and can do nothing but `forward`;
 whatever would read their weights (state_dict, pickle, PEFT, gradients) is refused.
 
-Three forms, one choice for the life of the layer:
+On a CPU adapters/native.py comes first. Without the native library, and on CUDA, there are three forms, one
+choice for the life of the layer:
 
 PackedNF4Linear   CPU with AVX512-BF16: bitsandbytes' fused kernel, activations rounded to bfloat16
 CudaNF4Linear     CUDA: bitsandbytes' fused kernel, dequantise + GEMM for long batches
@@ -32,13 +33,14 @@ GEMM outruns its bfloat16 dot products would gain up to twice at 128 rows, at th
 import ctypes
 import functools
 import logging
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from adapters.bnb import Linear4bit, functional, lib
+from adapters.serving import ServingLinear, refuse_gradients
 
 log = logging.getLogger(__name__)
 
@@ -47,43 +49,7 @@ _COLUMNS_PER_STEP = 64  # and of in-features
 _Kernel = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3)
 
 
-class NF4Linear(nn.Module):
-    """y = dequantise(codes) x + bias. Immutable after construction, safe to call from many threads at once.
-
-    Attributes:
-        in_features, out_features: D and O.
-        bias: [O] or None.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: Tensor | None) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        # Tensors are plain attributes, not parameters or buffers: no optimizer and no cast reaches them.
-        self.bias = None if bias is None else bias.detach().clone()
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of every tensor this layer keeps."""
-        return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}→{self.out_features}, bias={self.bias is not None}"
-
-    def _save_to_state_dict(self, *_: Any, **__: Any) -> NoReturn:
-        _refuse("has no state_dict")
-
-    def _load_from_state_dict(self, *_: Any, **__: Any) -> NoReturn:
-        _refuse("loads no state_dict")
-
-    def _apply(self, *_: Any, **__: Any) -> NoReturn:
-        _refuse("cannot be moved or cast; choose device and dtype at load_base()")
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        _refuse("cannot be pickled or copied")
-
-
-class PlainNF4Linear(NF4Linear):
+class PlainNF4Linear(ServingLinear):
     """Dequantises the weight to the activations' type at every call, then one GEMM. Any device and shape."""
 
     def __init__(self, codes: Tensor, state: functional.QuantState, bias: Tensor | None) -> None:
@@ -94,14 +60,14 @@ class PlainNF4Linear(NF4Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, D] → […, O]."""
-        _refuse_gradients(x)
+        refuse_gradients(x)
         shape = (self.out_features, self.in_features)
         dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
         weight_OD = dequantize(self._codes, self._absmax, self._blocksize, "nf4", shape, x.dtype)
         return linear(x, weight_OD, self.bias)
 
 
-class CudaNF4Linear(NF4Linear):
+class CudaNF4Linear(ServingLinear):
     """bitsandbytes' own path for CUDA: it picks a fused kernel or dequantise + GEMM by the number of rows."""
 
     def __init__(self, codes: Tensor, state: functional.QuantState, bias: Tensor | None) -> None:
@@ -126,7 +92,7 @@ class CudaNF4Linear(NF4Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, D] → […, O]."""
-        _refuse_gradients(x)
+        refuse_gradients(x)
         state = self._state
         y: Tensor = torch.ops.bitsandbytes.gemm_4bit.default(
             x, self._codes, state.shape, self._absmax, state.blocksize, "nf4", bias=self.bias, **self._nested
@@ -134,7 +100,7 @@ class CudaNF4Linear(NF4Linear):
         return y
 
 
-class PackedNF4Linear(NF4Linear):
+class PackedNF4Linear(ServingLinear):
     """bitsandbytes' fused CPU kernel over codes packed once; bfloat16 products, each row on its own."""
 
     def __init__(self, codes: Tensor, state: functional.QuantState, bias: Tensor | None) -> None:
@@ -148,7 +114,7 @@ class PackedNF4Linear(NF4Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, D] → […, O] in the type of x."""
-        _refuse_gradients(x)
+        refuse_gradients(x)
         rows_BD = x.to(torch.bfloat16).view(-1, self.in_features) if x.is_contiguous() else self._rows(x)
         rows, outs = rows_BD.shape[0], self.out_features
         if rows == 0:  # the kernel divides by the number of rows, and the process would die
@@ -167,7 +133,7 @@ class PackedNF4Linear(NF4Linear):
         return x.to(torch.bfloat16).reshape(-1, self.in_features).contiguous()
 
 
-def serving_linear(layer: Linear4bit, dtype: torch.dtype, *, fused: bool) -> NF4Linear:
+def serving_linear(layer: Linear4bit, dtype: torch.dtype, *, fused: bool) -> ServingLinear:
     """The serving form of an NF4 Linear4bit, by its device and shape; the layer's weight is copied, not kept.
 
     Args:
@@ -175,8 +141,7 @@ def serving_linear(layer: Linear4bit, dtype: torch.dtype, *, fused: bool) -> NF4
         fused: whether products may be in bfloat16 on a CPU.
     """
     codes, state = layer.weight.data, layer.weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
-        raise ValueError("the layer was evaluated and bitsandbytes repacked it; load the base again")
+    refuse_repacked(layer)
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     form: type[PlainNF4Linear | CudaNF4Linear | PackedNF4Linear] = PlainNF4Linear
     if codes.device.type == "cuda":
@@ -184,6 +149,12 @@ def serving_linear(layer: Linear4bit, dtype: torch.dtype, *, fused: bool) -> NF4
     elif codes.device.type == "cpu" and fused and fits_fused_kernel(state):
         form = PackedNF4Linear
     return form(codes, state, bias)
+
+
+def refuse_repacked(layer: Linear4bit) -> None:
+    """Raises ValueError if bitsandbytes has repacked the layer's weight, since its codes then differ."""
+    if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        raise ValueError("the layer was evaluated and bitsandbytes repacked it; load the base again")
 
 
 def fits_fused_kernel(state: functional.QuantState) -> bool:
@@ -204,9 +175,8 @@ def plain_absmax(state: functional.QuantState) -> Tensor:
 
 def dequantized_weight(layer: Linear4bit) -> Tensor:
     """The [O, D] weight of an NF4 Linear4bit in float32, without rounding in between."""
+    refuse_repacked(layer)
     state = layer.weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
-        raise ValueError("the layer was evaluated and bitsandbytes repacked it; load the base again")
     weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
         layer.weight.data, plain_absmax(state), state.blocksize, "nf4", tuple(state.shape), torch.float32
     )
@@ -250,15 +220,3 @@ def _fused_kernel() -> Any:
     address = ctypes.cast(symbol, ctypes.c_void_p).value
     assert address is not None
     return _Kernel(address)
-
-
-def _refuse(what: str) -> NoReturn:
-    raise RuntimeError(
-        f"the serving base {what}: its weights are packed for inference. "
-        "Use load_base(purpose='train') to train, dequantized_model() to export or merge"
-    )
-
-
-def _refuse_gradients(x: Tensor) -> None:
-    if x.requires_grad and torch.is_grad_enabled():
-        _refuse("has no gradients")

@@ -204,7 +204,7 @@ class AdapterResidency:
         return True
 
     def _load(self, digest: str) -> dict[str, LoraFactors]:
-        """Runs in the loader thread: disk → checked tensors on the device, scaling folded into B."""
+        """Runs in the loader thread: disk → checked tensors on the device."""
         try:
             self._store.verify(digest)
         except AdapterCorruptError as error:
@@ -215,10 +215,10 @@ class AdapterResidency:
         pairs = load_pairs(folder / WEIGHTS_FILE, spec, self._layout)
         factors = {}
         for name, pair in pairs.items():
-            scaled_OR = pair.b_OR.float() * spec.scaling_of(name)
             factors[name] = LoraFactors(
                 a_RD=pair.a_RD.to(self._device, self._dtype).contiguous(),
-                b_RO=scaled_OR.t().to(self._device, self._dtype).contiguous(),
+                b_RO=pair.b_OR.t().to(self._device, self._dtype).contiguous(),
+                scaling=spec.scaling_of(name),
             )
         return factors
 
@@ -246,4 +246,4 @@ class AdapterResidency:
 
 
 def _bytes_of(factors: Mapping[str, LoraFactors]) -> int:
-    return sum(pair.a_RD.nbytes + pair.b_RO.nbytes for pair in factors.values())
+    return sum(pair.nbytes for pair in factors.values())

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from quickchange import __version__
-from quickchange.commands import adapters, chat, demo, generate, info, merge, serve, train
+from quickchange.commands import adapters, chat, demo, doctor, generate, info, merge, serve, train
 from quickchange.commands.failure import FAILED, CommandError
 from quickchange.errors import QuickchangeError
 from quickchange.threads import spin_briefly
@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "chat": chat,
     "adapters": adapters,
     "info": info,
+    "doctor": doctor,
     "demo": demo,
     "train": train,
     "merge": merge,

@@ -265,6 +265,7 @@ def _load_base(settings: ServerSettings) -> Base:
         quantization=base.quantization,
         dtype=base.dtype,
         device=base.device,
+        kernels=base.kernels,
         cache_dir=base.cache_dir,
         progress=sys.stderr.isatty(),
     )

@@ -73,6 +73,10 @@ class BaseSettings(_Section):
     quantization: Annotated[Literal["nf4", "none"], About("how linear layers are stored")] = "nf4"
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], About("type of activations")] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], About("where the base lives")] = "auto"
+    kernels: Annotated[
+        Literal["auto", "native", "torch"],
+        About("what computes on a CPU; auto: native code where it is there"),
+    ] = "auto"
     cache_dir: Annotated[
         Path | None, About("where converted bases are kept; unset: ~/.cache/quickchange")
     ] = None
@@ -104,6 +108,9 @@ class EngineSettings(_Section):
     max_context_tokens: Annotated[int | None, About("prompt and answer; unset: what the base allows", 1)] = (
         None
     )
+    fused_layers: Annotated[
+        Literal["auto", "off"], About("whole decoder layers in one native call, where that computes the same")
+    ] = "auto"
     threads: Annotated[int | None, About("threads of matrix products; unset: chosen at start", 1, 1024)] = (
         None
     )

@@ -60,7 +60,7 @@ class EngineCore:
         self.counters = StepCounters()
         self._metrics = metrics
         self._eos_token_ids = base.eos_token_ids
-        self.runner = ModelRunner(base)
+        self.runner = ModelRunner(base, fuse_layers=settings.fused_layers == "auto")
         context = min(base.max_context_tokens, settings.max_context_tokens or base.max_context_tokens)
         budgets = plan_memory(
             settings,
@@ -74,7 +74,7 @@ class EngineCore:
             base.layout,
             self.runner.slots,
             device=base.device,
-            dtype=base.dtype,
+            dtype=base.storage_dtype,
             budget_bytes=budgets.adapter_bytes,
             wake=wake,
             on_eviction=lambda: metrics.count_eviction("device"),

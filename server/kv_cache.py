@@ -4,7 +4,7 @@ K key/value heads, H query heads, E head dimension, T tokens of the batch.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from adapters.errors import UnsupportedBaseError
+from kernels.decoder_layer import LayerStep
 from kernels.paged_attention import AttentionPlan, AttentionRule, LayerCache, attend, paged_attention
+from kernels.paging import PagedRows, cache_record, native_paged_attention
+from kernels.structs import CacheRecord
 
 ATTENTION_NAME = "quickchange_paged"
 
@@ -37,12 +40,30 @@ class PagedStep:
     plan: AttentionPlan
     caches: dict[int, LayerCache]
 
+    def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, rule: AttentionRule) -> Tensor:
+        """[T, H, E], in plain torch."""
+        return paged_attention(q_THE, k_TKE, v_TKE, self.caches[layer], self.plan, rule)
+
 
 @dataclass(frozen=True, slots=True)
-class ShapeProbe:
-    """Stands in for a PagedStep while the model is asked, once, what its attention layers keep."""
+class NativeStep:
+    """The same for native code; fused layers put here what all of them share."""
 
-    shapes: dict[int, LayerShape]
+    rows: PagedRows
+    caches: dict[int, CacheRecord]
+    shared: dict[int, LayerStep] = field(default_factory=dict)
+
+    def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, rule: AttentionRule) -> Tensor:
+        """[T, H, E], in native code."""
+        return native_paged_attention(q_THE, k_TKE, v_TKE, self.caches[layer], self.rows, rule)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProbe:
+    """Stands in for a step while the model is asked, once, what each attention layer does."""
+
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+    rules: dict[int, AttentionRule] = field(default_factory=dict)
 
 
 class KVCache:
@@ -66,6 +87,7 @@ class KVCache:
             )
             for index, shape in shapes.items()
         }
+        self.records = {index: cache_record(cache) for index, cache in self.layers.items()}
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -96,13 +118,13 @@ def use_paged_attention(model: nn.Module) -> None:
         ) from error
 
 
-def probe_layers(model: nn.Module, device: torch.device) -> dict[int, LayerShape]:
-    """Runs two tokens through the model and returns what each attention layer would keep.
+def probe_layers(model: nn.Module, device: torch.device) -> LayerProbe:
+    """Runs two tokens through the model and returns what each attention layer would keep, and how it scores.
 
     Raises:
         UnsupportedBaseError: some layer did not use the replaced attention, so its state would be lost.
     """
-    probe = ShapeProbe({})
+    probe = LayerProbe()
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     with torch.inference_mode():
         model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False, paged=probe)
@@ -112,7 +134,7 @@ def probe_layers(model: nn.Module, device: torch.device) -> dict[int, LayerShape
             f"{type(model).__name__}: {len(probe.shapes)} of {expected} layers keep keys and values in the "
             "usual way; hybrid, recurrent and shared-cache architectures cannot be served yet"
         )
-    return probe.shapes
+    return probe
 
 
 def _paged_forward(
@@ -122,7 +144,7 @@ def _paged_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    paged: PagedStep | ShapeProbe,
+    paged: PagedStep | NativeStep | LayerProbe,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -131,11 +153,12 @@ def _paged_forward(
     """As transformers calls it: query [1, H, T, E], key and value [1, K, T, E]; returns [1, T, H, E]."""
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # set by every transformers attention
     rule = AttentionRule(scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
-    if isinstance(paged, ShapeProbe):
+    if isinstance(paged, LayerProbe):
+        paged.rules[layer] = rule
         paged.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
         return _probe_attention(query, key, value, rule), None
     q_THE, k_TKE, v_TKE = (x[0].transpose(0, 1) for x in (query, key, value))
-    return paged_attention(q_THE, k_TKE, v_TKE, paged.caches[layer], paged.plan, rule)[None], None
+    return paged.attend(layer, q_THE, k_TKE, v_TKE, rule)[None], None
 
 
 def _probe_attention(query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:

@@ -11,37 +11,47 @@ from torch import Tensor
 
 from adapters.base import Base
 from adapters.layers import AdapterSlots, attach_slots
-from kernels.lora import Segment
+from kernels.lora import Segment, Segments
 from kernels.paged_attention import AttentionPlan, PrefillSegment
+from kernels.paging import PagedRows
 from server.batch import Batch, Row
-from server.kv_cache import KVCache, LayerShape, PagedStep, bytes_per_token, probe_layers, use_paged_attention
+from server.fusion import fuse_layers
+from server.kv_cache import KVCache, NativeStep, PagedStep, bytes_per_token, probe_layers, use_paged_attention
 
 
 class ModelRunner:
     """The base with paged attention and adapter slots; one forward pass per call, in one thread."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, *, fuse_layers: bool = True) -> None:
         """
+        Args:
+            fuse_layers: whether native code may compute whole decoder layers, where that is the same.
+
         Raises:
             UnsupportedBaseError: the architecture keeps state that paged attention cannot hold.
         """
         self._model = base.model
-        self._device, self.dtype = base.device, base.dtype
+        self._device, self._storage = base.device, base.storage_dtype
+        self._native = base.kernels == "native"
+        self._fuse = fuse_layers and self._native and base.dtype == torch.float32
         use_paged_attention(base.model)
-        self.layer_shapes: dict[int, LayerShape] = probe_layers(base.model, base.device)
+        self._probe = probe_layers(base.model, base.device)
         self.slots: AdapterSlots = attach_slots(base.model, base.layout)
+        self.fused_layers = 0
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Memory of one cached position over all layers."""
-        return bytes_per_token(self.layer_shapes, self.dtype)
+        return bytes_per_token(self._probe.shapes, self._storage)
 
     def allocate_cache(self, block_count: int, block_tokens: int) -> None:
-        """Makes room for so many blocks of keys and values."""
+        """Makes room for so many blocks of keys and values; once, before the first step."""
         self._block_tokens = block_tokens
         self.cache = KVCache(
-            self.layer_shapes, block_count, block_tokens, dtype=self.dtype, device=self._device
+            self._probe.shapes, block_count, block_tokens, dtype=self._storage, device=self._device
         )
+        if self._fuse:
+            self.fused_layers = fuse_layers(self._model, self._probe, self.cache, self.slots.routing)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
@@ -51,13 +61,12 @@ class ModelRunner:
         self.slots.head_routing.segments = _segments(
             (row.sequence.slot, 1) for row in batch.rows if row.samples
         )
-        step = PagedStep(self._plan(batch), self.cache.layers)
         output = self._model(
             input_ids=self._tensor(token_ids)[None],
             position_ids=self._tensor(positions)[None],
             logits_to_keep=self._tensor(sample_rows),
             use_cache=False,
-            paged=step,
+            paged=self._step(batch),
         )
         logits_SV: Tensor = output.logits[0].float()
         return logits_SV
@@ -69,6 +78,20 @@ class ModelRunner:
             for layer in self.cache.layers.values():
                 layer.k_NSKE.index_fill_(0, index, 0.0)
                 layer.v_NSKE.index_fill_(0, index, 0.0)
+
+    def _step(self, batch: Batch) -> PagedStep | NativeStep:
+        if self._native:
+            return NativeStep(self._rows(batch), self.cache.records)
+        return PagedStep(self._plan(batch), self.cache.layers)
+
+    def _rows(self, batch: Batch) -> PagedRows:
+        positions: list[int] = []
+        sequences: list[int] = []
+        for index, row in enumerate(batch.rows):
+            positions += range(row.start, row.start + row.count)
+            sequences += [index] * row.count
+        tables = [self._blocks_of(row) for row in batch.rows]
+        return PagedRows(positions, sequences, tables, self._block_tokens)
 
     def _plan(self, batch: Batch) -> AttentionPlan:
         decodes = [row for row in batch.rows if row.is_decode]
@@ -114,7 +137,7 @@ def _flatten(batch: Batch) -> tuple[list[int], list[int], list[int]]:
     return token_ids, positions, sample_rows
 
 
-def _segments(slot_counts: Iterable[tuple[int, int]]) -> tuple[Segment, ...]:
+def _segments(slot_counts: Iterable[tuple[int, int]]) -> Segments:
     """Neighbouring tokens of one adapter as one segment; the base needs none."""
     segments: list[Segment] = []
     position = 0
@@ -124,7 +147,7 @@ def _segments(slot_counts: Iterable[tuple[int, int]]) -> tuple[Segment, ...]:
         elif slot:
             segments.append(Segment(position, position + count, slot))
         position += count
-    return tuple(segments)
+    return Segments(segments)
 
 
 def _padded(rows: list[list[int]]) -> list[list[int]]:

@@ -11,11 +11,15 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from adapters import base as base_module
 from adapters import quantize
 from adapters.base import Base, dequantized_base, dequantized_model, load_base
 from adapters.bnb import Linear4bit
 from adapters.errors import BaseModelError, UnsupportedBaseError
-from adapters.nf4 import NF4Linear, PackedNF4Linear, PlainNF4Linear, fused_kernel_works
+from adapters.native import NativeLinear, NativeRMSNorm
+from adapters.nf4 import PackedNF4Linear, PlainNF4Linear, fused_kernel_works
+from adapters.serving import ServingLinear
+from kernels.library import NativeStatus
 from tests.adapters.bases import (
     PROMPT,
     distance,
@@ -24,6 +28,7 @@ from tests.adapters.bases import (
     save_gpt2,
     save_tied_llama,
 )
+from tests.kernels.conditions import KERNELS, needs_native
 from tests.models import ARCHITECTURES, MAX_CONTEXT, PADDED_VOCABULARY, Architecture, build_tiny_model
 
 BF16_PRODUCTS = 0.03  # relative error of a model's logits when each product is rounded to bfloat16
@@ -56,10 +61,25 @@ def dequantized(folder: Path, base_cache: Path) -> Any:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_exact_mode_is_the_plain_model(architecture: Architecture, tmp_path: Path, load: Any) -> None:
     folder = build_tiny_model(tmp_path, architecture)
-    base = load(folder, quantization="none", dtype="float32")
+    base = load(folder, quantization="none", dtype="float32", kernels="torch")
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert torch.equal(logits(base.model), logits(plain))
-    assert not any(isinstance(module, NF4Linear | Linear4bit) for module in base.model.modules())
+    assert not any(isinstance(module, ServingLinear | Linear4bit) for module in base.model.modules())
+
+
+@needs_native
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_native_exact_mode_adds_up_in_another_order_and_no_more(
+    architecture: Architecture, tmp_path: Path, load: Any
+) -> None:
+    folder = build_tiny_model(tmp_path, architecture)
+    base = load(folder, quantization="none", dtype="float32", kernels="native")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert distance(logits(base.model), logits(plain)) < 1e-6
+    modules = list(base.model.modules())
+    assert sum(isinstance(module, NativeLinear) for module in modules) == len(base.layout.modules)
+    assert sum(isinstance(module, NativeRMSNorm) for module in modules) >= 5
+    assert base.storage_dtype == torch.float32
 
 
 @pytest.mark.parametrize("repacks", [False, pytest.param(True, marks=needs_kernel)])
@@ -69,38 +89,64 @@ def test_serving_computes_what_bitsandbytes_computes(
 ) -> None:
     folder = build_tiny_model(tmp_path, architecture)
     oracle = logits(plain_bitsandbytes(folder, repacks=repacks))
-    assert distance(logits(load(folder).model), oracle) < BF16_PRODUCTS
+    for kernels in KERNELS:
+        assert distance(logits(load(folder, kernels=kernels).model), oracle) < BF16_PRODUCTS
     assert distance(logits(AutoModelForCausalLM.from_pretrained(folder)), oracle) > NF4_ERROR
 
 
 def test_float32_nf4_is_exact(folder: Path, dequantized: Any, load: Any) -> None:
     expected = logits(dequantized)
-    served = load(folder, dtype="float32")
+    served = load(folder, dtype="float32", kernels="torch")
     trained = load(folder, dtype="float32", purpose="train")
     assert any(isinstance(module, PlainNF4Linear) for module in served.model.modules())
-    torch.testing.assert_close(logits(served.model), expected, rtol=1e-4, atol=1e-4)
+    for kernels in KERNELS:
+        found = logits(load(folder, dtype="float32", kernels=kernels).model)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits(trained.model), expected, rtol=1e-4, atol=1e-4)
 
 
 @needs_kernel
 def test_serving_uses_the_packed_kernel_and_training_never_does(folder: Path, load: Any) -> None:
-    served, trained = load(folder), load(folder, purpose="train")
+    served, trained = load(folder, kernels="torch"), load(folder, purpose="train")
     assert len([m for m in served.model.modules() if isinstance(m, PackedNF4Linear)]) == 14
     layers = [module for module in trained.model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 14
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
-def test_bfloat16_on_a_cpu(folder: Path, load: Any) -> None:
-    base = load(folder, dtype="bfloat16")
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_bfloat16_on_a_cpu(folder: Path, load: Any, kernels: str) -> None:
+    base = load(folder, dtype="bfloat16", kernels=kernels)
     assert base.dtype == base.model.get_input_embeddings().weight.dtype == torch.bfloat16
-    assert distance(logits(base.model), logits(load(folder).model)) < BF16_PRODUCTS
+    assert distance(logits(base.model), logits(load(folder, kernels=kernels).model)) < BF16_PRODUCTS
+
+
+@needs_native
+def test_native_storage_is_bfloat16_unless_everything_is_float32(folder: Path, load: Any) -> None:
+    stored, exact = load(folder), load(folder, dtype="float32")
+    assert (stored.kernels, stored.dtype, stored.storage_dtype) == ("native", torch.float32, torch.bfloat16)
+    assert exact.storage_dtype == torch.float32
+    assert 0 < distance(logits(stored.model), logits(exact.model)) < 0.01  # the head's weights, rounded
+
+
+def test_without_the_native_library_torch_serves_and_the_log_says_so(
+    folder: Path, load: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    absent = NativeStatus(None, (), False, "the native library was not built")
+    monkeypatch.setattr(base_module, "native_status", lambda: absent)
+    base = load(folder)
+    assert base.kernels == "torch"
+    assert not any(isinstance(module, NativeLinear) for module in base.model.modules())
+    assert "was not built" in caplog.text
+    with pytest.raises(UnsupportedBaseError, match="was not built"):
+        load(folder, kernels="native")
 
 
 def test_gpt2_has_ordinary_linear_layers(tmp_path: Path, load: Any, base_cache: Path) -> None:
     folder = save_gpt2(tmp_path / "gpt2")
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    exact, quantised = load(folder, quantization="none", dtype="float32"), load(folder, dtype="float32")
+    exact = load(folder, quantization="none", dtype="float32", kernels="torch")
+    quantised = load(folder, dtype="float32", kernels="torch")
     torch.testing.assert_close(logits(exact.model), logits(plain), rtol=1e-5, atol=1e-5)
     assert exact.layout.modules == quantised.layout.modules
     assert exact.layout.modules["transformer.h.0.attn.c_attn"].out_features == 192
@@ -143,14 +189,22 @@ def test_layout_is_the_same_in_every_form(folder: Path, load: Any) -> None:
 
 def test_weight_bytes_count_everything_once(tmp_path: Path, load: Any) -> None:
     folder = save_tied_llama(tmp_path)
-    exact = load(folder, quantization="none")
+    exact = load(folder, quantization="none", kernels="torch")
     stored = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters()) * 4
     assert stored <= exact.weight_bytes < stored + 1000  # buffers of the rotary embedding
     linear = sum(s.in_features * s.out_features for s in exact.layout.modules.values())
     quantised = linear - exact.layout.modules["lm_head"].in_features * PADDED_VOCABULARY
     for purpose in ("serve", "train"):
-        saved = exact.weight_bytes - load(folder, purpose=purpose).weight_bytes
+        saved = exact.weight_bytes - load(folder, purpose=purpose, kernels="torch").weight_bytes
         assert 3.2 * quantised < saved < 3.5 * quantised
+
+
+@needs_native
+def test_head_and_embedding_in_bfloat16_take_what_one_in_float32_took(tmp_path: Path, load: Any) -> None:
+    folder = save_tied_llama(tmp_path)
+    packed, plain = load(folder), load(folder, kernels="torch")
+    assert packed.weight_bytes == pytest.approx(plain.weight_bytes, rel=0.05)
+    assert packed.weight_bytes > packed.layout.modules["lm_head"].out_features * 64 * 4
 
 
 def test_several_end_tokens(folder: Path, tmp_path: Path, load: Any) -> None:

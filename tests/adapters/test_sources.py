@@ -14,7 +14,7 @@ from adapters import smollm2, sources
 from adapters.base import load_base
 from adapters.errors import BaseNotFoundError, UnsupportedBaseError
 from adapters.fingerprint import fingerprint_of
-from adapters.nf4 import NF4Linear
+from adapters.serving import ServingLinear
 from adapters.sources import resolve_source
 from tests.adapters.bases import distance, logits
 from tests.models import CHAT_TEMPLATE, MAX_CONTEXT, build_tiny_model, build_tokenizer
@@ -255,7 +255,7 @@ def test_smollm2_facts(smollm2_base: Any) -> None:
     assert smollm2_base.max_context_tokens == smollm2_base.tokenizer.model_max_length == 8192
     assert smollm2_base.vocab_size == len(smollm2_base.tokenizer) == 49152
     assert smollm2_base.eos_token_ids == {smollm2_base.tokenizer.convert_tokens_to_ids("<|im_end|>")} == {2}
-    assert sum(isinstance(module, NF4Linear) for module in smollm2_base.model.modules()) == 210
+    assert sum(isinstance(module, ServingLinear) for module in smollm2_base.model.modules()) >= 210
     assert 165e6 < smollm2_base.weight_bytes < 175e6  # 106 M weights of 4.3 bits, 28 M of 32
 
 

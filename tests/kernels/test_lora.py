@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.lora import LoraFactors, Segment, add_lora_delta
+from kernels.lora import LoraFactors, Segment, Segments, add_lora_delta
 
 LENGTHS = [0, 1, 2, 15, 16, 17, 31, 32, 33]
 
@@ -40,14 +40,14 @@ def test_each_token_gets_its_own_adapters_update(
             expected[rows] += x[rows] @ factors[slot].a_RD.T @ factors[slot].b_RO
             segments.append(Segment(start, start + length, slot))
         start += length
-    add_lora_delta(y, x, segments, factors)
+    add_lora_delta(y, x, Segments(segments), factors)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_slot_without_factors_leaves_its_tokens_bit_identical() -> None:
     y = torch.randn(4, 8)
     before = y.clone()
-    add_lora_delta(y, torch.randn(4, 8), [Segment(0, 4, 3)], {})
+    add_lora_delta(y, torch.randn(4, 8), Segments([Segment(0, 4, 3)]), {})
     assert torch.equal(y, before)
 
 
@@ -56,9 +56,9 @@ def test_neighbours_do_not_change_a_tokens_numbers_beyond_rounding() -> None:
     factors = {1: random_factors(4, 16, 16, generator), 2: random_factors(9, 16, 16, generator)}
     x = torch.randn(6, 16, generator=generator)
     together = torch.zeros(6, 16)
-    add_lora_delta(together, x, [Segment(0, 3, 1), Segment(3, 6, 2)], factors)
+    add_lora_delta(together, x, Segments([Segment(0, 3, 1), Segment(3, 6, 2)]), factors)
     alone = torch.zeros(1, 16)
-    add_lora_delta(alone, x[4:5], [Segment(0, 1, 2)], factors)
+    add_lora_delta(alone, x[4:5], Segments([Segment(0, 1, 2)]), factors)
     torch.testing.assert_close(together[4:5], alone, rtol=1e-5, atol=1e-6)
 
 
@@ -66,6 +66,6 @@ def test_bfloat16_outputs_take_float32_factors() -> None:
     generator = torch.Generator().manual_seed(0)
     factors = {1: random_factors(4, 16, 16, generator)}
     x, y = torch.randn(2, 16).bfloat16(), torch.zeros(2, 16, dtype=torch.bfloat16)
-    add_lora_delta(y, x, [Segment(0, 2, 1)], factors)
+    add_lora_delta(y, x, Segments([Segment(0, 2, 1)]), factors)
     expected = x.float() @ factors[1].a_RD.T @ factors[1].b_RO
     torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2)

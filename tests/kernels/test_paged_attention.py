@@ -6,27 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.paged_attention import AttentionPlan, AttentionRule, LayerCache, PrefillSegment, paged_attention
+from tests.kernels.attention_reference import attention_reference
 
 HEADS, KV_HEADS, WIDTH, BLOCK_TOKENS = 4, 2, 8, 4
-
-
-def reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None, softcap: float | None
-) -> torch.Tensor:
-    """q [Q, H, E] are the last Q positions of k, v [L, K, E]; written out, without any library attention."""
-    length, queries = k.shape[0], q.shape[0]
-    out = torch.empty_like(q)
-    for i in range(queries):
-        position = length - queries + i
-        first = 0 if window is None else max(0, position - window + 1)
-        for head in range(HEADS):
-            keys = k[first : position + 1, head // (HEADS // KV_HEADS)]
-            values = v[first : position + 1, head // (HEADS // KV_HEADS)]
-            scores = keys @ q[i, head] * scale
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            out[i, head] = torch.softmax(scores, 0) @ values
-    return out
 
 
 @settings(deadline=None, max_examples=60)
@@ -47,6 +29,7 @@ def test_equals_contiguous_attention(
     shape = sum(needed) + 2, BLOCK_TOKENS, KV_HEADS, WIDTH
     cache = LayerCache(*(torch.randn(shape, generator=generator) for _ in range(2)))  # what was there before
     q, k, v, write, tables, expected = [], [], [], [], [], []
+    rule = AttentionRule(0.3, window, softcap)
     for (past, new), count in zip(rows, needed, strict=True):
         table = [free.pop() for _ in range(count)]
         slots = [table[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in range(past + new)]
@@ -56,8 +39,7 @@ def test_equals_contiguous_attention(
         q.append(queries), k.append(keys[past:]), v.append(values[past:])
         write += slots[past:]
         tables.append(table)
-        expected.append(reference(queries, keys, values, 0.3, window, softcap))
-    rule = AttentionRule(0.3, window, softcap)
+        expected.append(attention_reference(queries, keys, values, rule))
     plan = plan_of(rows, tables, write)
     out = paged_attention(torch.cat(q), torch.cat(k), torch.cat(v), cache, plan, rule)
     torch.testing.assert_close(out, torch.cat(expected), rtol=1e-4, atol=1e-5)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from adapters.base import Base
 from adapters.store import AdapterStore
@@ -49,7 +50,7 @@ class Answer:
 class Harness:
     """An engine core with published adapters."""
 
-    def __init__(self, base: Base, folder: Path, adapters: dict[str, Path], **settings: int) -> None:
+    def __init__(self, base: Base, folder: Path, adapters: dict[str, Path], **settings: Any) -> None:
         self.store = AdapterStore(folder)
         self.identities: dict[str, AdapterIdentity] = {}
         for name, path in adapters.items():

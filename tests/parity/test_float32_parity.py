@@ -10,6 +10,7 @@ import pytest
 from adapters.base import load_base
 from server.request import FinishReason, SamplingParams
 from tests.adapters.builders import make_adapter, tiny_model
+from tests.kernels.conditions import KERNELS
 from tests.models import ARCHITECTURES, Architecture, rewrite_config
 from tests.parity.harness import Ask, Harness
 from tests.parity.oracle import Oracle
@@ -49,21 +50,44 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Setup(root / "base", adapters, Oracle(root / "base", adapters))
 
 
-def harness_of(setup: Setup, folder: Path, **settings: int) -> Harness:
-    base = load_base(str(setup.folder), quantization="none", dtype="float32", device="cpu", progress=False)
-    return Harness(base, folder, setup.adapters, **settings)
+@dataclass(frozen=True)
+class Form:
+    """What computes: native code layer by layer or module by module, or torch."""
+
+    kernels: str
+    fused_layers: str
 
 
-@pytest.fixture(scope="module")
-def harness(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
+FORMS = {"fused": Form("native", "auto"), "modules": Form("native", "off"), "torch": Form("torch", "off")}
+FORMS_HERE = [name for name, form in FORMS.items() if form.kernels in KERNELS]
+
+
+def harness_of(setup: Setup, folder: Path, form: Form = FORMS[FORMS_HERE[0]], **settings: int) -> Harness:
+    base = load_base(
+        str(setup.folder),
+        quantization="none",
+        dtype="float32",
+        device="cpu",
+        kernels=form.kernels,  # type: ignore[arg-type]
+        progress=False,
+    )
+    return Harness(base, folder, setup.adapters, fused_layers=form.fused_layers, **settings)
+
+
+@pytest.fixture(scope="module", params=FORMS_HERE)
+def harness(
+    request: pytest.FixtureRequest, setup: Setup, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Harness]:
     harness = harness_of(
         setup,
         tmp_path_factory.mktemp("store"),
+        FORMS[request.param],
         prefill_chunk_tokens=5,
         max_batch_tokens=40,
         max_running_requests=32,
         block_tokens=4,
     )
+    assert harness.core.runner.fused_layers == (2 if request.param == "fused" else 0)
     yield harness
     harness.close()
 

@@ -1,6 +1,7 @@
 """NF4: the served model against bitsandbytes' own Linear4bit with PEFT, on SmolLM2.
 
-The oracle evaluates as bitsandbytes does by default, with its fused kernel where the processor has one.
+Each form of serving against the oracle that computes as it does: native code against exact float32 products;
+torch with bitsandbytes' fused kernel against the same kernel.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from server.batch import Batch, Row
 from server.request import Request, SamplingParams
 from server.sequence import Sequence
 from tests.bench.adapters import write_random_adapter
+from tests.kernels.conditions import KERNELS
 from tests.parity.harness import Ask, Harness
 
 PROMPTS = [
@@ -28,35 +30,60 @@ PROMPTS = [
     "Once upon a time there was a",
     "12 + 30 = ",
 ]
-RELATIVE_TOLERANCE = 1e-3
-"""Norm of the difference over norm of the centred logits. Products are the same; attention adds up in another
-order. (The distance of either to exact float32 products is 0.02 to 0.07: bfloat16 keeps 8 bits.)"""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to serve, and how far it may be from the oracle: norm of the difference over norm of the logits.
+
+    Products are the same; sums are in another order. Storing keys, values, adapters and the head in bfloat16
+    rounds them once: 0.010 to 0.013. (bitsandbytes' fused kernel rounds every activation: 0.02 to 0.07.)
+    """
+
+    kernels: str
+    dtype: str
+    exact_oracle: bool
+    tolerance: float
+
+
+FORMS = {
+    "native float32": Form("native", "float32", True, 2e-5),
+    "native": Form("native", "auto", True, 0.02),
+    "torch": Form("torch", "auto", False, 1e-3),
+}
 
 
 @dataclass
 class Pair:
     """The served model and the oracle, on one NF4 base."""
 
+    form: Form
     base: Base
     harness: Harness
     oracle: Any
 
 
-@pytest.fixture(scope="module")
-def pair(smollm2_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+@pytest.fixture(scope="module", params=[name for name, form in FORMS.items() if form.kernels in KERNELS])
+def pair(
+    request: pytest.FixtureRequest, smollm2_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    form = FORMS[request.param]
     root = tmp_path_factory.mktemp("nf4")
-    base = load_base("smollm2", device="cpu", cache_dir=smollm2_cache, progress=False)
+    options: dict[str, Any] = {"device": "cpu", "cache_dir": smollm2_cache, "progress": False}
+    base = load_base("smollm2", kernels=form.kernels, dtype=form.dtype, **options)  # type: ignore[arg-type]
     adapters = {
         name: write_random_adapter(root / name, base.layout, rank=8, seed=i) for i, name in enumerate("ab")
     }
-    train = load_base("smollm2", purpose="train", device="cpu", cache_dir=smollm2_cache, progress=False)
+    dtype = "float32" if form.exact_oracle else "auto"
+    train = load_base("smollm2", purpose="train", dtype=dtype, **options)  # type: ignore[arg-type]
     oracle: Any = PeftModel.from_pretrained(train.model, adapters["a"], adapter_name="a")
     oracle.load_adapter(adapters["b"], adapter_name="b")
     for module in oracle.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # this copy of the base only evaluates
-            module.support_avx512bf16_for_cpu = fused_kernel_works()
+            module.support_avx512bf16_for_cpu = fused_kernel_works() and not form.exact_oracle
     harness = Harness(base, root / "store", adapters, max_context_tokens=256)
-    yield Pair(base, harness, oracle.eval())
+    assert harness.core.runner.fused_layers == (30 if form.kernels == "native" else 0)
+    yield Pair(form, base, harness, oracle.eval())
     harness.close()
 
 
@@ -81,7 +108,7 @@ def asks_of(pair: Pair) -> list[tuple[tuple[int, ...], str]]:
 def test_base_and_adapters_differ(pair: Pair) -> None:
     (prompt, _), *_ = asks_of(pair)
     base, a, b = (oracle_logits(pair, prompt, name) for name in ("", "a", "b"))
-    assert min(distance(a, base), distance(b, base), distance(a, b)) > 100 * RELATIVE_TOLERANCE
+    assert min(distance(a, base), distance(b, base), distance(a, b)) > 5 * pair.form.tolerance
 
 
 def test_mixed_requests_have_the_oracles_top_token_and_logprobs(pair: Pair) -> None:
@@ -94,7 +121,7 @@ def test_mixed_requests_have_the_oracles_top_token_and_logprobs(pair: Pair) -> N
         assert answer.token_ids[0] == int(logits.argmax()), (prompt, adapter)
         expected = torch.log_softmax(logits, 0)
         for token, logprob in answer.logprobs[0].alternatives:
-            assert abs(logprob - float(expected[token])) < 0.05
+            assert abs(logprob - float(expected[token])) < 0.1
 
 
 @pytest.mark.parametrize("adapter", ["", "a", "b"])
@@ -109,6 +136,6 @@ def test_logits_are_within_the_tolerance(pair: Pair, adapter: str) -> None:
         sequence = Sequence(Request("x", prompt, SamplingParams()), len(prompt) + 1, 0.0)
         sequence.blocks, sequence.slot = list(range(4)), slot
         ours = runner.run(Batch((Row(sequence, 0, len(prompt)),)))[0]
-        assert distance(ours, oracle_logits(pair, prompt, adapter)) < RELATIVE_TOLERANCE
+        assert distance(ours, oracle_logits(pair, prompt, adapter)) < pair.form.tolerance
     if digest:
         pair.harness.core.residency.release(digest)

@@ -1,0 +1,229 @@
+"""Replaces a model's decoder layers by single native calls, where those compute the same. Knows no requests.
+
+Which modules a layer has says how it could be computed; whether it is so, one forward pass of both says.
+Layers that are built otherwise, or whose results differ, stay transformers' own.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from adapters.layers import Routing
+from adapters.native import NativeRMSNorm
+from kernels.decoder_layer import DecoderLayer, LayerParts, LayerStep
+from kernels.linear import PackedLinear
+from kernels.paging import PagedRows
+from kernels.structs import Activation
+from server.kv_cache import KVCache, LayerProbe, NativeStep
+
+log = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 5
+_TOLERANCE = 1e-4
+"""Of a layer's output, relative to its largest value: other orders of summation, nothing more."""
+
+
+class FusedLayer(nn.Module):
+    """A decoder layer as transformers calls it, computed by one native call. Changes its input in place."""
+
+    def __init__(self, layer: nn.Module, native: DecoderLayer, routing: Routing, *, in_tuple: bool) -> None:
+        super().__init__()
+        self._native = native
+        self._routing = routing
+        self._in_tuple = in_tuple
+        self._replaced = (layer,)  # keeps its weights alive; in a tuple, so that it is no submodule
+        if hasattr(layer, "attention_type"):  # some models choose the rotary table by it
+            self.attention_type = layer.attention_type
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *_: object,
+        position_embeddings: tuple[Tensor, Tensor],
+        paged: NativeStep,
+        **__: object,
+    ) -> Tensor | tuple[Tensor]:
+        """[1, T, D] → [1, T, D]."""
+        x = hidden_states.contiguous()
+        step = paged.shared.get(position_embeddings[0].data_ptr())
+        if step is None:
+            cosines, sines = (table.reshape(x.shape[-2], -1) for table in position_embeddings)
+            step = LayerStep(x.shape[-2], paged.rows, self._routing.segments, cosines, sines)
+            paged.shared[position_embeddings[0].data_ptr()] = step
+        self._native(x, step)
+        return (x,) if self._in_tuple else x
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """How transformers called a layer, and what came out."""
+
+    hidden_states: Tensor
+    keywords: dict[str, Any]
+    output: Tensor
+    in_tuple: bool
+
+
+def fuse_layers(model: Any, probe: LayerProbe, cache: KVCache, routing: Routing) -> int:
+    """Replaces the model's decoder layers in place; all of them or none.
+
+    Args:
+        probe: what each layer's attention keeps and how it scores.
+        cache: whose first blocks may be overwritten.
+
+    Returns:
+        How many were replaced.
+    """
+    name, layers = _decoder_layers(model, len(probe.shapes))
+    built = [_native_layer(layer, index, probe, cache) for index, layer in enumerate(layers)]
+    natives = [native for native in built if native is not None]
+    if not layers or len(natives) < len(layers):
+        log.info("decoder layers of %s run module by module: they are built otherwise", type(model).__name__)
+        return 0
+    calls = _recorded_calls(model, layers, cache)
+    fused = [
+        FusedLayer(layer, native, routing, in_tuple=call.in_tuple)
+        for layer, native, call in zip(layers, natives, calls, strict=True)
+    ]
+    errors = [_difference(layer, call) for layer, call in zip(fused, calls, strict=True)]
+    worst = max(errors)
+    if not worst <= _TOLERANCE:
+        log.warning(
+            "decoder layers of %s run module by module: fused they differ by %.1e",
+            type(model).__name__,
+            worst,
+        )
+        return 0
+    model.set_submodule(name, nn.ModuleList(fused))
+    log.info("decoder layers fused count=%d relative_difference=%.1e", len(fused), worst)
+    return len(fused)
+
+
+def _decoder_layers(model: nn.Module, count: int) -> tuple[str, Sequence[nn.Module]]:
+    """The list that holds one module with attention per layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and hasattr(module[0], "self_attn"):
+            return name, list(module)
+    return "", []
+
+
+def _native_layer(layer: Any, index: int, probe: LayerProbe, cache: KVCache) -> DecoderLayer | None:
+    """The native form, None if the layer has other parts than that."""
+    attention, mlp = layer.self_attn, getattr(layer, "mlp", None)
+    qkv = _packed(attention, ("q_proj", "k_proj", "v_proj")) or _packed(attention, ("qkv_proj",))
+    output = _packed(attention, ("o_proj",))
+    gate_up = _packed(mlp, ("gate_proj", "up_proj")) or _packed(mlp, ("gate_up_proj",))
+    down = _packed(mlp, ("down_proj",))
+    activation = _activation_of(mlp)
+    norms = _norms_of(layer)
+    if not (qkv and output and gate_up and down and norms) or activation is None:
+        return None
+    head_norms = [_norm(attention, name) for name in ("q_norm", "k_norm")]
+    shape, rule = probe.shapes[index], probe.rules[index]
+    heads = output[0].in_features // shape.value_width
+    per_head = all(norm is None or len(norm.weight) == shape.key_width for norm in head_norms)
+    widths = heads * shape.key_width + shape.kv_heads * (shape.key_width + shape.value_width)
+    if not per_head or sum(part.out_features for part in qkv) != widths:
+        return None
+    used = [norm for norm in (*norms.values(), *head_norms) if norm is not None]
+    if len({norm.epsilon for norm in used}) != 1:
+        return None
+    return DecoderLayer(
+        LayerParts(
+            qkv=qkv,
+            output=output[0],
+            gate_up=gate_up,
+            down=down[0],
+            **{role: None if norm is None else norm.weight for role, norm in norms.items()},  # type: ignore[arg-type]
+            query_norm=None if head_norms[0] is None else head_norms[0].weight,
+            key_norm=None if head_norms[1] is None else head_norms[1].weight,
+            norm_epsilon=used[0].epsilon,
+            activation=activation,
+            rule=rule,
+            heads=heads,
+            rotary_width=_rotary_width(layer, shape.key_width),
+            cache=cache.records[index],
+        )
+    )
+
+
+def _packed(parent: Any, names: tuple[str, ...]) -> list[PackedLinear]:
+    """The native weights of some children; empty if any has none."""
+    found = [getattr(getattr(parent, name, None), "packed", None) for name in names]
+    return [packed for packed in found if packed is not None] if all(found) else []
+
+
+def _norm(parent: Any, name: str) -> NativeRMSNorm | None:
+    norm = getattr(parent, name, None)
+    return norm if isinstance(norm, NativeRMSNorm) else None
+
+
+def _norms_of(layer: Any) -> dict[str, NativeRMSNorm | None] | None:
+    """Norms by their place: around attention and activation (Gemma 2 and 3), or before each (most others)."""
+    names = (
+        (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        )
+        if hasattr(layer, "pre_feedforward_layernorm")
+        else ("input_layernorm", None, "post_attention_layernorm", None)
+    )
+    places = ("input_norm", "attention_norm", "mlp_norm", "after_mlp_norm")
+    norms = {place: _norm(layer, name) if name else None for place, name in zip(places, names, strict=True)}
+    missing = any(name and norms[place] is None for place, name in zip(places, names, strict=True))
+    return None if missing else norms
+
+
+def _activation_of(mlp: Any) -> Activation | None:
+    function = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
+    if isinstance(function, nn.SiLU | type(ACT2FN["silu"])):
+        return Activation.SILU
+    return Activation.GELU_TANH if isinstance(function, type(ACT2FN["gelu_pytorch_tanh"])) else None
+
+
+def _rotary_width(layer: Any, key_width: int) -> int:
+    return key_width
+
+
+def _recorded_calls(model: nn.Module, layers: Sequence[nn.Module], cache: KVCache) -> list[_Call]:
+    """Runs a few tokens through the model, module by module, and records each layer's input and output."""
+    calls: list[_Call] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        hidden = args[0] if args else keywords["hidden_states"]
+        first = output[0] if isinstance(output, tuple) else output
+        kept = {name: value for name, value in keywords.items() if name != "hidden_states"}
+        calls.append(_Call(hidden.clone(), kept, first.clone(), isinstance(output, tuple)))
+
+    hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
+    ids = torch.arange(_PROBE_TOKENS)[None]
+    try:
+        with torch.inference_mode():
+            model(input_ids=ids, position_ids=ids, use_cache=False, paged=_probe_step(cache))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _probe_step(cache: KVCache) -> NativeStep:
+    """The first tokens of one sequence in the first blocks."""
+    block_tokens = next(iter(cache.layers.values())).k_NSKE.shape[1]
+    blocks = -(-_PROBE_TOKENS // block_tokens)
+    rows = PagedRows(range(_PROBE_TOKENS), [0] * _PROBE_TOKENS, [range(blocks)], block_tokens)
+    return NativeStep(rows, cache.records)
+
+
+def _difference(layer: FusedLayer, call: _Call) -> float:
+    """Largest difference to what transformers' layer made, relative to its largest value."""
+    with torch.inference_mode():
+        output = layer(call.hidden_states.clone(), **call.keywords)
+    found = output[0] if isinstance(output, tuple) else output
+    return float((found - call.output).abs().max() / call.output.abs().max())

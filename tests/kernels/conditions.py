@@ -1,0 +1,10 @@
+"""What of the native library this machine has, for tests that need it."""
+
+import pytest
+
+from kernels.library import status
+
+needs_native = pytest.mark.skipif(not status().active, reason=f"no native kernels: {status().reason}")
+
+KERNELS = ("native", "torch") if status().active else ("torch",)
+"""Every value of `load_base(kernels=…)` that works here."""
