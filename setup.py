@@ -23,6 +23,7 @@ NATIVE: Final = Path("kernels/native")
 FLAGS: Final = (
     "-O3",
     "-fPIC",
+    "-pthread",
     "-std=c++17",
     "-fvisibility=hidden",
     "-ffp-contract=off",  # a·b + c is fused only where the source says so: every instruction set rounds alike
@@ -40,6 +41,7 @@ SOURCES: Final = {
     "isa_avx2.cpp": ("-mavx2", "-mfma"),
     "isa_neon.cpp": (),
     "library.cpp": (),
+    "pool.cpp": (),
 }
 """Flags of each source besides FLAGS. For another processor a source of an instruction set becomes empty."""
 
@@ -91,7 +93,8 @@ class BuildKernels(build_ext):
         with ThreadPoolExecutor(JOBS) as pool:
             objects = list(pool.map(compiled, sources))
         subprocess.run(
-            [*compiler, "-shared", *objects, "-o", str(library), *_environment_flags("LDFLAGS")], check=True
+            [*compiler, "-shared", "-pthread", *objects, "-o", str(library), *_environment_flags("LDFLAGS")],
+            check=True,
         )
 
     def _flags_of(self, source: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Loads the native library, joins it to torch's threads, chooses its instruction set. Knows no operation.
+"""Loads the native library and chooses its instruction set. Knows no operation.
 
 The library is built by `pip install` where there is a C++ compiler (setup.py); without it every operation
 runs in plain torch, and `status()` says why.
@@ -7,20 +7,14 @@ runs in plain torch, and `status()` says why.
 import ctypes
 import functools
 import importlib.machinery
-import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from kernels.structs import declare
 
-log = logging.getLogger(__name__)
-
 ISA_NAMES: Final = ("generic", "neon", "avx2", "avx512")
 """By qc_isa, best last; "generic" is for comparison and is never chosen."""
-
-_OPENMP_SYMBOLS: Final = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +24,11 @@ class NativeStatus:
     Attributes:
         isa: instruction set in use, None if nothing native runs.
         available: every instruction set that this build has and this processor can run, best last.
-        shares_threads: whether work runs on the OpenMP threads of torch; otherwise on one thread.
         reason: one line for people.
     """
 
     isa: str | None
     available: tuple[str, ...]
-    shares_threads: bool
     reason: str
 
     @property
@@ -56,7 +48,6 @@ class NativeLibrary:
         self.path = path
         self.functions = ctypes.CDLL(str(path))
         declare(self.functions)
-        self.shares_threads = self._join_openmp()
 
     @property
     def isa(self) -> str:
@@ -78,16 +69,9 @@ class NativeLibrary:
             raise ValueError(f"{name} is not available here; there is {', '.join(self.available)}")
         self.functions.qc_isa_use(ISA_NAMES.index(name))
 
-    def _join_openmp(self) -> bool:
-        """Finds the runtime among what torch has loaded: a second one would spin on the same processors."""
-        try:
-            torch_cpu = ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
-            symbols = [ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p) for name in _OPENMP_SYMBOLS]
-        except (OSError, AttributeError) as error:
-            log.warning("torch's OpenMP runtime was not found (%s): native operations use one thread", error)
-            return False
-        self.functions.qc_use_openmp(*symbols)
-        return True
+    def spin_for(self, microseconds: int) -> None:
+        """How long helper threads look for work before they sleep: long suits an idle machine."""
+        self.functions.qc_spin_for(microseconds)
 
 
 @functools.cache
@@ -101,8 +85,8 @@ def status() -> NativeStatus:
     """What is active and why, for `quickchange doctor` and the log."""
     library, reason = _load()
     if library is None:
-        return NativeStatus(None, (), False, reason)
-    return NativeStatus(library.isa, library.available, library.shares_threads, reason)
+        return NativeStatus(None, (), reason)
+    return NativeStatus(library.isa, library.available, reason)
 
 
 @functools.cache

@@ -150,7 +150,7 @@ SIGNATURES: dict[str, tuple[type | None, list[object]]] = {
     "qc_isa_available": (_INT, [_INT]),
     "qc_isa_active": (_INT, []),
     "qc_isa_use": (_INT, [_INT]),
-    "qc_use_openmp": (None, [_POINTER] * 4),
+    "qc_spin_for": (None, [_LONG]),
     "qc_linear_forward": (
         None,
         [_PARTS, _INT, _POINTER, _LONG, _POINTER, _LONG, _INT, _POINTER, _LONG, _INT, _INT],

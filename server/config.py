@@ -111,6 +111,9 @@ class EngineSettings(_Section):
     fused_layers: Annotated[
         Literal["auto", "off"], About("whole decoder layers in one native call, where that computes the same")
     ] = "auto"
+    spin_us: Annotated[
+        int, About("microseconds that a helper thread looks for work before it sleeps", 0, 1_000_000)
+    ] = 50
     threads: Annotated[int | None, About("threads of matrix products; unset: chosen at start", 1, 1024)] = (
         None
     )

@@ -15,7 +15,6 @@ BUILD_REMEDY: Final = (
     "install a C++ compiler such as g++, then run pip install again with --force-reinstall --no-cache-dir; "
     "in a checkout, `make kernels`"
 )
-_THREADS_REMEDY: Final = "take torch's wheel from the package index; it brings the threads that are shared"
 
 _OURS: Final = frozenset({"quickchange", "server", "adapters", "training", "kernels"})
 _PACKAGES: Final = ("quickchange", "torch", "transformers", "bitsandbytes", "peft")
@@ -67,7 +66,6 @@ class NativeKernels:
     Attributes:
         isa: instruction set in use, None if inactive.
         available: every instruction set that the build has and the processor can run.
-        shares_threads: whether they run on the OpenMP threads of torch.
         reason: why it is as it is.
         remedy: what would make it better; None if nothing would.
         gain: what being active would bring, None if they are active or cannot be.
@@ -76,7 +74,6 @@ class NativeKernels:
     active: bool
     isa: str | None
     available: tuple[str, ...]
-    shares_threads: bool
     reason: str
     remedy: str | None
     gain: str | None
@@ -159,18 +156,12 @@ def _native_kernels(processor: Processor) -> NativeKernels:
 
     now = status()
     possible = now.active or _can_run_native(processor)
-    remedy = None
-    if now.active and not now.shares_threads:
-        remedy = _THREADS_REMEDY
-    elif not now.active and possible:
-        remedy = BUILD_REMEDY
     return NativeKernels(
         active=now.active,
         isa=now.isa,
         available=now.available,
-        shares_threads=now.shares_threads,
         reason=now.reason,
-        remedy=remedy,
+        remedy=BUILD_REMEDY if possible and not now.active else None,
         gain=None if now.active or not possible else NATIVE_GAIN,
     )
 

@@ -17,6 +17,7 @@ import torch
 from adapters.base import Base
 from adapters.errors import AdapterError
 from adapters.store import AdapterStore
+from kernels.library import native
 from server.config import EngineSettings
 from server.core import EngineCore
 from server.errors import DrainingError, EngineDownError, InvalidRequestError, QueueFullError
@@ -220,6 +221,8 @@ class Engine:
     def _run_thread(self) -> None:
         if self._settings.threads is not None:
             torch.set_num_threads(self._settings.threads)
+        if (library := native()) is not None:
+            library.spin_for(self._settings.spin_us)
         try:
             while not self._stopping:
                 self._take_commands()

@@ -68,6 +68,22 @@ class _Call:
     output: Tensor
     in_tuple: bool
 
+    @property
+    def rotary_width(self) -> int | None:
+        """Dimensions of a head that are rotated; None if the layer was not given their angles."""
+        angles = self.keywords.get("position_embeddings")
+        return angles[0].shape[-1] if isinstance(angles, tuple) and len(angles) == 2 else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a layer stands in its model, and what was found out about it."""
+
+    index: int
+    probe: LayerProbe
+    cache: KVCache
+    call: _Call
+
 
 def fuse_layers(model: Any, probe: LayerProbe, cache: KVCache, routing: Routing) -> int:
     """Replaces the model's decoder layers in place; all of them or none.
@@ -80,12 +96,15 @@ def fuse_layers(model: Any, probe: LayerProbe, cache: KVCache, routing: Routing)
         How many were replaced.
     """
     name, layers = _decoder_layers(model, len(probe.shapes))
-    built = [_native_layer(layer, index, probe, cache) for index, layer in enumerate(layers)]
+    calls = _recorded_calls(model, layers, cache)
+    built = [
+        _native_layer(layer, _Place(index, probe, cache, call))
+        for index, (layer, call) in enumerate(zip(layers, calls, strict=True))
+    ]
     natives = [native for native in built if native is not None]
     if not layers or len(natives) < len(layers):
         log.info("decoder layers of %s run module by module: they are built otherwise", type(model).__name__)
         return 0
-    calls = _recorded_calls(model, layers, cache)
     fused = [
         FusedLayer(layer, native, routing, in_tuple=call.in_tuple)
         for layer, native, call in zip(layers, natives, calls, strict=True)
@@ -112,7 +131,7 @@ def _decoder_layers(model: nn.Module, count: int) -> tuple[str, Sequence[nn.Modu
     return "", []
 
 
-def _native_layer(layer: Any, index: int, probe: LayerProbe, cache: KVCache) -> DecoderLayer | None:
+def _native_layer(layer: Any, place: _Place) -> DecoderLayer | None:
     """The native form, None if the layer has other parts than that."""
     attention, mlp = layer.self_attn, getattr(layer, "mlp", None)
     qkv = _packed(attention, ("q_proj", "k_proj", "v_proj")) or _packed(attention, ("qkv_proj",))
@@ -124,11 +143,14 @@ def _native_layer(layer: Any, index: int, probe: LayerProbe, cache: KVCache) -> 
     if not (qkv and output and gate_up and down and norms) or activation is None:
         return None
     head_norms = [_norm(attention, name) for name in ("q_norm", "k_norm")]
-    shape, rule = probe.shapes[index], probe.rules[index]
+    shape, rule = place.probe.shapes[place.index], place.probe.rules[place.index]
+    rotary_width = place.call.rotary_width
     heads = output[0].in_features // shape.value_width
     per_head = all(norm is None or len(norm.weight) == shape.key_width for norm in head_norms)
     widths = heads * shape.key_width + shape.kv_heads * (shape.key_width + shape.value_width)
     if not per_head or sum(part.out_features for part in qkv) != widths:
+        return None
+    if rotary_width is None or rotary_width % 2 or rotary_width > shape.key_width:
         return None
     used = [norm for norm in (*norms.values(), *head_norms) if norm is not None]
     if len({norm.epsilon for norm in used}) != 1:
@@ -146,8 +168,8 @@ def _native_layer(layer: Any, index: int, probe: LayerProbe, cache: KVCache) -> 
             activation=activation,
             rule=rule,
             heads=heads,
-            rotary_width=_rotary_width(layer, shape.key_width),
-            cache=cache.records[index],
+            rotary_width=rotary_width,
+            cache=place.cache.records[place.index],
         )
     )
 
@@ -186,10 +208,6 @@ def _activation_of(mlp: Any) -> Activation | None:
     if isinstance(function, nn.SiLU | type(ACT2FN["silu"])):
         return Activation.SILU
     return Activation.GELU_TANH if isinstance(function, type(ACT2FN["gelu_pytorch_tanh"])) else None
-
-
-def _rotary_width(layer: Any, key_width: int) -> int:
-    return key_width
 
 
 def _recorded_calls(model: nn.Module, layers: Sequence[nn.Module], cache: KVCache) -> list[_Call]:

@@ -1,36 +1,30 @@
 // What one instruction set offers to library.cpp.
 #pragma once
 
+#include "crew.h"
 #include "quickchange_kernels.h"
 
 namespace qc {
 
-struct Member {
-  int index, count;
-  void (*wait)();
-};
-
 struct Kernels {
   void (*linear)(const qc_linear *const *parts, int part_count, const float *x, int64_t ldx, float *y, int64_t ldy,
-                 int64_t rows, const qc_segment *segments, int64_t segment_count, float *shrunk, bool accumulate,
-                 Member member);
-  void (*delta)(const qc_linear *const *parts, int part_count, const float *x, int64_t ldx, float *y, int64_t ldy,
-                const qc_segment *segments, int64_t segment_count, float *shrunk, Member member);
-  int64_t (*shrunk_size)(const qc_linear *const *parts, int part_count, const qc_segment *segments,
+                 int64_t rows, const qc_segment *segments, int64_t segment_count, float *memory, bool accumulate, bool with_product,
+                 const Crew &crew);
+  int64_t (*lora_size)(const qc_linear *const *parts, int part_count, const qc_segment *segments,
                          int64_t segment_count);
   void (*cache_write)(const qc_cache &cache, const qc_paging &paging, const float *keys, int64_t ldk,
-                      const float *values, int64_t ldv, int64_t rows, Member member);
+                      const float *values, int64_t ldv, int64_t rows, const Crew &crew);
   void (*attention)(const qc_cache &cache, const qc_paging &paging, const qc_attention_rule &rule, const float *q,
-                    int64_t ldq, float *out, int64_t ldo, int64_t rows, Member member);
+                    int64_t ldq, float *out, int64_t ldo, int64_t rows, const Crew &crew);
   void (*norm)(const float *x, int64_t ldx, const float *weight, float *y, int64_t ldy, int64_t rows, int width,
-               float epsilon, Member member);
+               float epsilon, const Crew &crew);
   void (*rotary)(float *x, int64_t ldx, int heads, int width, const float *cosines, const float *sines,
-                 int rotary_width, int64_t rows, Member member);
+                 int rotary_width, int64_t rows, const Crew &crew);
   void (*gated)(const float *x, int64_t ldx, float *y, int64_t ldy, int64_t rows, int width, int activation,
-                Member member);
-  void (*argmax)(const float *x, int64_t ldx, int64_t *index, int64_t rows, int64_t width, Member member);
+                const Crew &crew);
+  void (*argmax)(const float *x, int64_t ldx, int64_t *index, int64_t rows, int64_t width, const Crew &crew);
   int64_t (*layer_size)(const qc_layer &layer, const qc_step &step);
-  void (*layer)(const qc_layer &layer, const qc_step &step, float *x, float *memory, Member member);
+  void (*layer)(const qc_layer &layer, const qc_step &step, float *x, float *memory, const Crew &crew);
 };
 
 // Null where this build has none of it.

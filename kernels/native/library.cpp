@@ -2,19 +2,14 @@
 #include <stdlib.h>
 
 #include "isa.h"
+#include "pool.h"
 
 #define QC_API extern "C" __attribute__((visibility("default")))
 
 namespace {
 
+using qc::Crew;
 using qc::Kernels;
-using qc::Member;
-
-// OpenMP, as torch has loaded it. The signatures are those of GCC's runtime, which LLVM's offers as well.
-void (*omp_parallel)(void (*)(void *), void *, unsigned, unsigned) = nullptr;
-void (*omp_barrier)() = nullptr;
-int (*omp_thread_num)() = nullptr;
-int (*omp_num_threads)() = nullptr;
 
 const Kernels *kernels_of(int32_t isa) {
   switch (isa) {
@@ -63,17 +58,12 @@ class Scratch {
 
 thread_local Scratch scratch;
 
-void no_wait() {}
-
-// Runs work(member) once per thread of the team.
+// Runs work(crew) with so many threads.
 template <typename Work>
-void in_parallel(int32_t threads, const Work &work) {
-  if (threads <= 1 || !omp_parallel) {
-    work(Member{0, 1, no_wait});
-    return;
-  }
-  omp_parallel([](void *data) { (*(const Work *)data)(Member{omp_thread_num(), omp_num_threads(), omp_barrier}); },
-               (void *)&work, (unsigned)threads, 0);
+void with_crew(int32_t threads, const Work &work) {
+  const Crew crew = qc::assemble(threads);
+  work(crew);
+  qc::disband(crew);
 }
 
 }  // namespace
@@ -89,68 +79,63 @@ QC_API int32_t qc_isa_use(int32_t isa) {
   return 0;
 }
 
-QC_API void qc_use_openmp(void *parallel, void *barrier, void *thread_num, void *num_threads) {
-  omp_barrier = (void (*)())barrier;
-  omp_thread_num = (int (*)())thread_num;
-  omp_num_threads = (int (*)())num_threads;
-  omp_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))parallel;
-}
+QC_API void qc_spin_for(int64_t microseconds) { qc::spin_for(microseconds); }
 
 QC_API void qc_linear_forward(const qc_linear *const *parts, int32_t part_count, const float *x, int64_t ldx, float *y,
                               int64_t ldy, int32_t rows, const qc_segment *segments, int64_t segment_count,
                               int32_t accumulate, int32_t threads) {
-  float *shrunk = scratch.floats(kernels->shrunk_size(parts, part_count, segments, segment_count));
-  in_parallel(threads, [=](Member member) {
-    kernels->linear(parts, part_count, x, ldx, y, ldy, rows, segments, segment_count, shrunk, accumulate != 0, member);
+  float *memory = scratch.floats(kernels->lora_size(parts, part_count, segments, segment_count));
+  with_crew(threads, [=](const Crew &crew) {
+    kernels->linear(parts, part_count, x, ldx, y, ldy, rows, segments, segment_count, memory, accumulate != 0, true, crew);
   });
 }
 
 QC_API void qc_lora_delta(const qc_linear *const *parts, int32_t part_count, const float *x, int64_t ldx, float *y,
                           int64_t ldy, const qc_segment *segments, int64_t segment_count, int32_t threads) {
-  const int64_t size = kernels->shrunk_size(parts, part_count, segments, segment_count);
+  const int64_t size = kernels->lora_size(parts, part_count, segments, segment_count);
   if (size == 0) return;
-  float *shrunk = scratch.floats(size);
-  in_parallel(threads, [=](Member member) {
-    kernels->delta(parts, part_count, x, ldx, y, ldy, segments, segment_count, shrunk, member);
+  float *memory = scratch.floats(size);
+  with_crew(threads, [=](const Crew &crew) {
+    kernels->linear(parts, part_count, x, ldx, y, ldy, 0, segments, segment_count, memory, false, false, crew);
   });
 }
 
 QC_API void qc_cache_write(const qc_cache *cache, const qc_paging *paging, const float *keys, int64_t ldk,
                            const float *values, int64_t ldv, int32_t rows, int32_t threads) {
-  in_parallel(threads, [=](Member member) {
-    kernels->cache_write(*cache, *paging, keys, ldk, values, ldv, rows, member);
+  with_crew(threads, [=](const Crew &crew) {
+    kernels->cache_write(*cache, *paging, keys, ldk, values, ldv, rows, crew);
   });
 }
 
 QC_API void qc_attention(const qc_cache *cache, const qc_paging *paging, const qc_attention_rule *rule, const float *q,
                          int64_t ldq, float *out, int64_t ldo, int32_t rows, int32_t threads) {
-  in_parallel(threads, [=](Member member) {
-    kernels->attention(*cache, *paging, *rule, q, ldq, out, ldo, rows, member);
+  with_crew(threads, [=](const Crew &crew) {
+    kernels->attention(*cache, *paging, *rule, q, ldq, out, ldo, rows, crew);
   });
 }
 
 QC_API void qc_rms_norm(const float *x, int64_t ldx, const float *weight, float *y, int64_t ldy, int32_t rows,
                         int32_t width, float epsilon, int32_t threads) {
-  in_parallel(threads, [=](Member member) { kernels->norm(x, ldx, weight, y, ldy, rows, width, epsilon, member); });
+  with_crew(threads, [=](const Crew &crew) { kernels->norm(x, ldx, weight, y, ldy, rows, width, epsilon, crew); });
 }
 
 QC_API void qc_rotary(float *x, int64_t ldx, int32_t heads, int32_t width, const float *cosines, const float *sines,
                       int32_t rotary_width, int32_t rows, int32_t threads) {
-  in_parallel(threads, [=](Member member) {
-    kernels->rotary(x, ldx, heads, width, cosines, sines, rotary_width, rows, member);
+  with_crew(threads, [=](const Crew &crew) {
+    kernels->rotary(x, ldx, heads, width, cosines, sines, rotary_width, rows, crew);
   });
 }
 
 QC_API void qc_gated(const float *x, int64_t ldx, float *y, int64_t ldy, int32_t rows, int32_t width,
                      int32_t activation, int32_t threads) {
-  in_parallel(threads, [=](Member member) { kernels->gated(x, ldx, y, ldy, rows, width, activation, member); });
+  with_crew(threads, [=](const Crew &crew) { kernels->gated(x, ldx, y, ldy, rows, width, activation, crew); });
 }
 
 QC_API void qc_argmax(const float *x, int64_t ldx, int64_t *index, int32_t rows, int64_t width, int32_t threads) {
-  in_parallel(threads, [=](Member member) { kernels->argmax(x, ldx, index, rows, width, member); });
+  with_crew(threads, [=](const Crew &crew) { kernels->argmax(x, ldx, index, rows, width, crew); });
 }
 
 QC_API void qc_layer_forward(const qc_layer *layer, const qc_step *step, float *x) {
   float *memory = scratch.floats(kernels->layer_size(*layer, *step));
-  in_parallel(step->threads, [=](Member member) { kernels->layer(*layer, *step, x, memory, member); });
+  with_crew(step->threads, [=](const Crew &crew) { kernels->layer(*layer, *step, x, memory, crew); });
 }

@@ -257,20 +257,28 @@ void linear_tiles(const qc_linear &linear, Range tiles, const float *x, int64_t 
   }
 }
 
-// Every part's product, this thread's share of the tiles of all parts together.
-void base_products(const qc_linear *const *parts, int part_count, const float *x, int64_t ldx, float *y, int64_t ldy,
-                   int64_t rows, bool accumulate, const Team &team) {
-  int64_t all = 0;
-  for (int p = 0; p < part_count; ++p) all += divide_up(parts[p]->out, kTile);
-  const Range mine = share(all, team);
-  int64_t before = 0;
-  for (int p = 0; p < part_count; ++p) {
-    const qc_linear &linear = *parts[p];
-    int64_t tiles = divide_up(linear.out, kTile);
-    Range range = {larger(mine.begin - before, 0), smaller(mine.end - before, tiles)};
-    if (range.begin < range.end)
+// Tiles of one piece of work: small pieces balance better, and few rows are done in no time.
+QC_INLINE int64_t piece_tiles(int64_t rows) { return rows <= 3 ? 4 : 2; }
+
+QC_INLINE int64_t product_pieces(const qc_linear *const *parts, int part_count, int64_t rows) {
+  int64_t pieces = 0;
+  for (int p = 0; p < part_count; ++p) pieces += divide_up(parts[p]->out, kTile * piece_tiles(rows));
+  return pieces;
+}
+
+// One piece of the products of several layers with one input, side by side.
+QC_INLINE void product_piece(const qc_linear *const *parts, int64_t piece, const float *x, int64_t ldx, float *y,
+                             int64_t ldy, int64_t rows, bool accumulate) {
+  const int64_t per_piece = piece_tiles(rows);
+  for (;; ++parts) {
+    const qc_linear &linear = **parts;
+    const int64_t tiles = divide_up(linear.out, kTile), pieces = divide_up(tiles, per_piece);
+    if (piece < pieces) {
+      const Range range = {piece * per_piece, smaller(tiles, (piece + 1) * per_piece)};
       linear_tiles(linear, range, x, ldx, rows, {y, ldy, linear.bias, linear.out, accumulate});
-    before += tiles;
+      return;
+    }
+    piece -= pieces;
     y += linear.out;
   }
 }

@@ -4,9 +4,9 @@
 // expand: y[o] += the products scaling·s[r]·b[r][o], in order of r
 // Both per row and adapter alone, at its true rank.
 
-constexpr int kColumns = 64;  // out-features of one piece of work in expand
-constexpr int kRanks = 8;     // ranks of one piece in shrink
-constexpr int kLoraRows = 4;  // rows of one piece
+constexpr int kColumns = 64;  // out-features: expand is cut in multiples of these
+constexpr int kRanks = 8;     // ranks: shrink is
+constexpr int kLoraRows = 4;  // rows of one block
 
 QC_INLINE const qc_factors *factors_of(const qc_linear &linear, int32_t slot) {
   if (slot < 0 || slot >= linear.slot_count) return nullptr;
@@ -37,7 +37,7 @@ QC_INLINE void shrink_block(const Weight *a, int64_t in, const float *x, int64_t
     for (int i = 0; i < Rows; ++i) xs[i] = load(x + i * ldx + k);
     for (int j = 0; j < Ranks; ++j) {
       F16 w = load(a + j * in + k);
-      for (int i = 0; i < Rows; ++i) sums[i][j] = fma(xs[i], w, sums[i][j]);
+      for (int i = 0; i < Rows; ++i) accumulate(sums[i][j], xs[i], w);
     }
   }
   if (k < in)
@@ -85,7 +85,7 @@ QC_INLINE void expand_block(const Weight *b, int64_t out, int rank, const float 
     for (int v = 0; v < Vectors; ++v) w[v] = load(b + j * out + v * 16);
     for (int i = 0; i < Rows; ++i) {
       F16 s = set1(shrunk[i * ld_shrunk + j]);
-      for (int v = 0; v < Vectors; ++v) sums[i][v] = fma(s, w[v], sums[i][v]);
+      for (int v = 0; v < Vectors; ++v) accumulate(sums[i][v], s, w[v]);
     }
   }
   for (int i = 0; i < Rows; ++i)
@@ -121,53 +121,101 @@ void expand(const qc_factors &factors, int64_t out, const float *shrunk, int row
   }
 }
 
-// Calls work(factors, part, first row, rows, shrunk rows) for every block of rows of every segment and part.
-template <typename Work>
-QC_INLINE void each_block(const qc_linear *const *parts, int part_count, const qc_segment *segments,
-                          int64_t segment_count, float *shrunk, Work work) {
+// A block of rows of one segment, in one part: what one piece of work is cut from.
+struct LoraBlock {
+  const qc_factors *factors;
+  const qc_linear *linear;
+  int64_t row, shrunk, column;  // of x and y; in the shrunk rows; where the part begins in y
+  int32_t rows, unused;
+};
+
+// The blocks of a step, and how finely each is cut.
+struct LoraWork {
+  const LoraBlock *blocks;
+  int64_t count;
+  int rank_pieces, column_pieces;  // per block
+};
+
+QC_INLINE int64_t block_count(const qc_linear *const *parts, int part_count, const qc_segment *segments,
+                              int64_t segment_count) {
+  int64_t count = 0;
+  for (int64_t s = 0; s < segment_count; ++s)
+    for (int p = 0; p < part_count; ++p)
+      if (factors_of(*parts[p], segments[s].slot))
+        count += divide_up(segments[s].end - segments[s].start, kLoraRows);
+  return count;
+}
+
+QC_INLINE LoraWork plan_lora(const qc_linear *const *parts, int part_count, const qc_segment *segments,
+                             int64_t segment_count, LoraBlock *blocks, int threads) {
+  int64_t count = 0, shrunk = 0, most_out = 0, most_rank = 0;
   for (int64_t s = 0; s < segment_count; ++s) {
-    const qc_segment &segment = segments[s];
-    for (int p = 0; p < part_count; ++p) {
-      const qc_factors *factors = factors_of(*parts[p], segment.slot);
+    int64_t column = 0;
+    for (int p = 0; p < part_count; column += parts[p++]->out) {
+      const qc_factors *factors = factors_of(*parts[p], segments[s].slot);
       if (!factors) continue;
-      for (int64_t row = segment.start; row < segment.end; row += kLoraRows) {
-        int rows = (int)smaller(kLoraRows, segment.end - row);
-        work(*factors, p, row, rows, shrunk);
+      most_out = larger(most_out, parts[p]->out);
+      most_rank = larger(most_rank, factors->rank);
+      for (int64_t row = segments[s].start; row < segments[s].end; row += kLoraRows) {
+        const int rows = (int)smaller(kLoraRows, segments[s].end - row);
+        blocks[count++] = {factors, parts[p], row, shrunk, column, rows, 0};
         shrunk += (int64_t)rows * factors->rank;
       }
     }
   }
+  // A few blocks are cut up so that every thread has something to do.
+  const int64_t cuts = count == 0 ? 1 : divide_up(2 * threads, count);
+  return {blocks, count, (int)larger(1, smaller(cuts, divide_up(most_rank, kRanks))),
+          (int)larger(1, smaller(cuts, divide_up(most_out, kColumns)))};
 }
 
-void shrink_all(const qc_linear *const *parts, int part_count, const float *x, int64_t ldx,
-                const qc_segment *segments, int64_t segment_count, float *shrunk, const Team &team) {
-  int64_t piece = 0;
-  each_block(parts, part_count, segments, segment_count, shrunk,
-             [&](const qc_factors &factors, int p, int64_t row, int rows, float *place) {
-               for (int from = 0; from < factors.rank; from += kRanks)
-                 if (piece++ % team.count == team.index) {
-                   const int ranks = (int)smaller(kRanks, factors.rank - from);
-                   const float *xs = x + row * ldx;
-                   factors.type == QC_BF16 ? shrink<uint16_t>(factors, parts[p]->in, xs, ldx, rows, from, ranks, place)
-                                           : shrink<float>(factors, parts[p]->in, xs, ldx, rows, from, ranks, place);
-                 }
-             });
+QC_INLINE void shrink_piece(const LoraWork &work, int64_t piece, const float *x, int64_t ldx, float *shrunk) {
+  const LoraBlock &block = work.blocks[piece / work.rank_pieces];
+  const int part = (int)(piece % work.rank_pieces), eights = (int)divide_up(block.factors->rank, kRanks);
+  const int from = eights * part / work.rank_pieces * kRanks;
+  const int to = (int)smaller(block.factors->rank, eights * (part + 1) / work.rank_pieces * kRanks);
+  if (from >= to) return;
+  const float *xs = x + block.row * ldx;
+  float *place = shrunk + block.shrunk;
+  block.factors->type == QC_BF16
+      ? shrink<uint16_t>(*block.factors, block.linear->in, xs, ldx, block.rows, from, to - from, place)
+      : shrink<float>(*block.factors, block.linear->in, xs, ldx, block.rows, from, to - from, place);
 }
 
-void expand_all(const qc_linear *const *parts, int part_count, const qc_segment *segments, int64_t segment_count,
-                float *shrunk, float *y, int64_t ldy, const Team &team) {
-  int64_t offsets[4] = {0, 0, 0, 0};
-  for (int p = 1; p < part_count; ++p) offsets[p] = offsets[p - 1] + parts[p - 1]->out;
-  int64_t piece = 0;
-  each_block(parts, part_count, segments, segment_count, shrunk,
-             [&](const qc_factors &factors, int p, int64_t row, int rows, float *place) {
-               const int64_t out = parts[p]->out;
-               float *ys = y + row * ldy + offsets[p];
-               for (int64_t from = 0; from < out; from += kColumns)
-                 if (piece++ % team.count == team.index) {
-                   const int64_t columns = smaller(kColumns, out - from);
-                   factors.type == QC_BF16 ? expand<uint16_t>(factors, out, place, rows, from, columns, ys, ldy)
-                                           : expand<float>(factors, out, place, rows, from, columns, ys, ldy);
-                 }
-             });
+QC_INLINE void expand_piece(const LoraWork &work, int64_t piece, const float *shrunk, float *y, int64_t ldy) {
+  const LoraBlock &block = work.blocks[piece / work.column_pieces];
+  const int64_t part = piece % work.column_pieces, out = block.linear->out, chunks = divide_up(out, kColumns);
+  const int64_t from = chunks * part / work.column_pieces * kColumns;
+  const int64_t to = smaller(out, chunks * (part + 1) / work.column_pieces * kColumns);
+  if (from >= to) return;
+  const float *place = shrunk + block.shrunk;
+  float *ys = y + block.row * ldy + block.column;
+  block.factors->type == QC_BF16 ? expand<uint16_t>(*block.factors, out, place, block.rows, from, to - from, ys, ldy)
+                                 : expand<float>(*block.factors, out, place, block.rows, from, to - from, ys, ldy);
+}
+
+// Memory that the update of a step needs, in floats: its blocks, then the shrunk rows.
+QC_INLINE int64_t lora_size(const qc_linear *const *parts, int part_count, const qc_segment *segments,
+                            int64_t segment_count) {
+  return block_count(parts, part_count, segments, segment_count) * (int64_t)(sizeof(LoraBlock) / sizeof(float)) +
+         shrunk_size(parts, part_count, segments, segment_count);
+}
+
+// The products of several layers with one input, side by side, and the update of each row's adapter.
+QC_INLINE void linear_with_update(const qc_linear *const *parts, int part_count, const float *x, int64_t ldx,
+                                  float *y, int64_t ldy, int64_t rows, const qc_segment *segments,
+                                  int64_t segment_count, float *memory, bool accumulate, bool with_product,
+                                  const Crew &crew) {
+  const LoraWork work =
+      plan_lora(parts, part_count, segments, segment_count, (LoraBlock *)memory, crew.threads);
+  float *shrunk = memory + work.count * (int64_t)(sizeof(LoraBlock) / sizeof(float));
+  const int64_t products = with_product && rows > 0 ? product_pieces(parts, part_count, rows) : 0;
+  crew.each(products + work.count * work.rank_pieces, [&](int64_t piece) {
+    if (piece < products)
+      product_piece(parts, piece, x, ldx, y, ldy, rows, accumulate);
+    else
+      shrink_piece(work, piece - products, x, ldx, shrunk);
+  });
+  if (work.count > 0)
+    crew.each(work.count * work.column_pieces, [&](int64_t piece) { expand_piece(work, piece, shrunk, y, ldy); });
 }

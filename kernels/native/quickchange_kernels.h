@@ -105,9 +105,8 @@ int32_t qc_isa_available(int32_t isa);
 int32_t qc_isa_active(void);
 int32_t qc_isa_use(int32_t isa);  // 0, or -1 if it is not available
 
-// The OpenMP runtime whose threads run everything: GOMP_parallel, GOMP_barrier, omp_get_thread_num and
-// omp_get_num_threads of the library that torch has loaded. Until it is given, one thread runs everything.
-void qc_use_openmp(void *parallel, void *barrier, void *thread_num, void *num_threads);
+// How long helper threads look for work before they sleep, microseconds.
+void qc_spin_for(int64_t microseconds);
 
 // y[:, offset of part i] = x Wᵢᵀ + biasᵢ + the update of each row's adapter, parts side by side; or += .
 void qc_linear_forward(const qc_linear *const *parts, int32_t part_count, const float *x, int64_t ldx, float *y,

@@ -1,5 +1,16 @@
 // Row-wise operations: norm, rotary positions, gated activation, argmax. Included once per instruction set.
 
+constexpr int kRowsPerPiece = 8;  // of work that takes a fraction of a microsecond a row
+
+// work(row) for every row, so many rows to a piece.
+template <typename Work>
+QC_INLINE void each_row(int64_t rows, int64_t per_piece, const Crew &crew, Work work) {
+  crew.each(divide_up(rows, per_piece), [&](int64_t piece) {
+    const int64_t end = smaller(rows, (piece + 1) * per_piece);
+    for (int64_t row = piece * per_piece; row < end; ++row) work(row);
+  });
+}
+
 // y = weight · (x / sqrt(mean(x²) + epsilon)); the sum over 16 lanes in order, then by halving.
 QC_INLINE void norm_row(const float *x, const float *weight, float *y, int width, float epsilon) {
   F16 squares = set1(0.0f);
@@ -15,10 +26,9 @@ QC_INLINE void norm_row(const float *x, const float *weight, float *y, int width
 }
 
 QC_INLINE void norm_rows(const float *x, int64_t ldx, const float *weight, float *y, int64_t ldy, int64_t rows,
-                         int width, float epsilon, const Team &team) {
-  const Range mine = share(rows, team);
-  for (int64_t row = mine.begin; row < mine.end; ++row)
-    norm_row(x + row * ldx, weight, y + row * ldy, width, epsilon);
+                         int width, float epsilon, const Crew &crew) {
+  each_row(rows, kRowsPerPiece, crew,
+           [&](int64_t row) { norm_row(x + row * ldx, weight, y + row * ldy, width, epsilon); });
 }
 
 // One head in place: (a, b) of the two halves becomes (a·cos - b·sin, b·cos + a·sin), each with its own angle.
@@ -35,26 +45,31 @@ QC_INLINE void rotate_head(float *head, const float *cosines, const float *sines
 }
 
 QC_INLINE void rotate_rows(float *x, int64_t ldx, int heads, int width, const float *cosines, const float *sines,
-                           int rotary_width, int64_t rows, const Team &team) {
-  const Range mine = share(rows * heads, team);
-  for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
-    const int64_t row = unit / heads, head = unit % heads;
-    rotate_head(x + row * ldx + head * width, cosines + row * rotary_width, sines + row * rotary_width, rotary_width);
-  }
+                           int rotary_width, int64_t rows, const Crew &crew) {
+  each_row(rows, kRowsPerPiece, crew, [&](int64_t row) {
+    for (int head = 0; head < heads; ++head)
+      rotate_head(x + row * ldx + head * width, cosines + row * rotary_width, sines + row * rotary_width,
+                  rotary_width);
+  });
 }
 
 QC_INLINE F16 activate(F16 x, int activation) { return activation == QC_SILU ? silu(x) : gelu_tanh(x); }
 
+constexpr int kGatedColumns = 2048;  // of one piece
+
 QC_INLINE void gated_rows(const float *x, int64_t ldx, float *y, int64_t ldy, int64_t rows, int width, int activation,
-                          const Team &team) {
-  const int64_t pieces = divide_up(width, 16);
-  const Range mine = share(rows * pieces, team);
-  for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
-    const int64_t row = unit / pieces, from = unit % pieces * 16;
-    const int n = (int)smaller(16, width - from);
-    const float *gate = x + row * ldx + from;
-    store_upto(y + row * ldy + from, activate(load_upto(gate, n), activation) * load_upto(gate + width, n), n);
-  }
+                          const Crew &crew) {
+  const int64_t per_row = divide_up(width, kGatedColumns);
+  crew.each(rows * per_row, [&](int64_t piece) {
+    const int64_t row = piece / per_row, begin = piece % per_row * kGatedColumns;
+    const int64_t end = smaller(width, begin + kGatedColumns);
+    const float *gate = x + row * ldx, *up = gate + width;
+    float *place = y + row * ldy;
+    for (int64_t i = begin; i < end; i += 16) {
+      const int n = (int)smaller(16, width - i);
+      store_upto(place + i, activate(load_upto(gate + i, n), activation) * load_upto(up + i, n), n);
+    }
+  });
 }
 
 // The first index of the largest value; -1 if the row holds a value that is not finite (x - x is then NaN).
@@ -74,7 +89,6 @@ QC_INLINE int64_t argmax_row(const float *x, int64_t width) {
 }
 
 QC_INLINE void argmax_rows(const float *x, int64_t ldx, int64_t *index, int64_t rows, int64_t width,
-                           const Team &team) {
-  const Range mine = share(rows, team);
-  for (int64_t row = mine.begin; row < mine.end; ++row) index[row] = argmax_row(x + row * ldx, width);
+                           const Crew &crew) {
+  crew.each(rows, [&](int64_t row) { index[row] = argmax_row(x + row * ldx, width); });
 }

@@ -69,9 +69,8 @@ def _processor(processor: Processor) -> str:
 def _kernels(kernels: NativeKernels | None) -> dict[str, str]:
     if kernels is None:
         return {"native kernels": "unknown without torch"}
-    threads = "the threads of torch" if kernels.shares_threads else "one thread"
     return {
-        "native kernels": f"active, {kernels.isa}, on {threads}" if kernels.active else "not active",
+        "native kernels": f"active, {kernels.isa}" if kernels.active else "not active",
         "  reason": kernels.reason,
         "  available": ", ".join(kernels.available),
         "  remedy": kernels.remedy or "",

@@ -132,7 +132,7 @@ def test_native_storage_is_bfloat16_unless_everything_is_float32(folder: Path, l
 def test_without_the_native_library_torch_serves_and_the_log_says_so(
     folder: Path, load: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    absent = NativeStatus(None, (), False, "the native library was not built")
+    absent = NativeStatus(None, (), "the native library was not built")
     monkeypatch.setattr(base_module, "native_status", lambda: absent)
     base = load(folder)
     assert base.kernels == "torch"

@@ -114,6 +114,7 @@ def test_base_and_adapters_differ(pair: Pair) -> None:
 def test_mixed_requests_have_the_oracles_top_token_and_logprobs(pair: Pair) -> None:
     sampling = SamplingParams(max_new_tokens=1, logprobs=20)
     asks = asks_of(pair)
+    pair.harness.run([Ask((1, 2, 3), name, 1) for name in "ab"])  # resident, so that all share a step
     answers = pair.harness.run([Ask(prompt, adapter, sampling=sampling) for prompt, adapter in asks])
     assert pair.harness.core.counters.max_adapters_in_step == 2
     for (prompt, adapter), answer in zip(asks, answers, strict=True):

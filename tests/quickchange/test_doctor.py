@@ -101,15 +101,6 @@ def test_a_library_that_cannot_be_loaded_is_built_again(
     assert "cannot be loaded" in found.reason
 
 
-@pytest.mark.parametrize("shares", [True, False])
-def test_kernels_on_one_thread_have_a_remedy(monkeypatch: pytest.MonkeyPatch, shares: bool) -> None:
-    status = kernels.library.NativeStatus("avx2", ("generic", "avx2"), shares, "built")
-    monkeypatch.setattr(kernels.library, "status", lambda: status)
-    found = examine({}).kernels
-    assert found is not None
-    assert (found.active, found.remedy is None, found.gain) == (True, shares, None)
-
-
 def test_a_cuda_device_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
