@@ -44,7 +44,13 @@ class PagedRows:
 
 
 def cache_record(cache: LayerCache) -> CacheRecord:
-    """One layer's cache as the native code sees it; valid as long as its tensors live."""
+    """One layer's cache as the native code sees it; valid as long as its tensors live.
+
+    Raises:
+        ValueError: its heads are wider than native code can take.
+    """
+    if cache.v_NSKE.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"values of {cache.v_NSKE.shape[-1]} per head are more than {MAX_WIDTH}")
     _, _, heads, key_width = cache.k_NSKE.shape
     return CacheRecord(
         cache.k_NSKE.data_ptr(),
@@ -54,6 +60,10 @@ def cache_record(cache: LayerCache) -> CacheRecord:
         key_width,
         cache.v_NSKE.shape[-1],
     )
+
+
+MAX_WIDTH = 512
+"""QC_MAX_WIDTH: the widest values of one head."""
 
 
 def rule_record(rule: AttentionRule, heads: int) -> RuleRecord:

@@ -19,7 +19,7 @@ def _library() -> NativeLibrary:
 
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """weight · x / sqrt(mean(x²) + epsilon) of each row of […, D] (Zhang and Sennrich 2019)."""
-    rows_TD = x.reshape(-1, x.shape[-1]).contiguous()
+    rows_TD = x.float().reshape(-1, x.shape[-1]).contiguous()
     y_TD = torch.empty_like(rows_TD)
     count, width = rows_TD.shape
     _library().functions.qc_rms_norm(
@@ -36,9 +36,9 @@ def rms_norm_reference(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
 
 def rotary(x_THE: Tensor, cosines_TR: Tensor, sines_TR: Tensor) -> Tensor:
     """Rotates the first R dimensions of each head by its token's angles (Su et al. 2021), in halves."""
-    y_THE = x_THE.clone(memory_format=torch.contiguous_format)
+    y_THE = x_THE.float().clone(memory_format=torch.contiguous_format)
     count, heads, width = y_THE.shape
-    cosines, sines = cosines_TR.contiguous(), sines_TR.contiguous()
+    cosines, sines = cosines_TR.float().contiguous(), sines_TR.float().contiguous()
     _library().functions.qc_rotary(
         y_THE.data_ptr(), heads * width, heads, width, cosines.data_ptr(), sines.data_ptr(),
         cosines.shape[-1], count, torch.get_num_threads(),
@@ -57,7 +57,7 @@ def rotary_reference(x_THE: Tensor, cosines_TR: Tensor, sines_TR: Tensor) -> Ten
 
 def gated(x_T2D: Tensor, activation: Activation) -> Tensor:
     """act(x[:, :D]) · x[:, D:] (Shazeer 2020: SwiGLU, GEGLU)."""
-    rows = x_T2D.contiguous()
+    rows = x_T2D.float().contiguous()
     count, width = rows.shape[0], rows.shape[1] // 2
     y_TD = torch.empty((count, width))
     _library().functions.qc_gated(
@@ -74,7 +74,7 @@ def gated_reference(x_T2D: Tensor, activation: Activation) -> Tensor:
 
 def argmax(x_TV: Tensor) -> Tensor:
     """Index of each row's largest value, the first of equals; -1 where a row is not finite. [T] int64."""
-    rows = x_TV.contiguous()
+    rows = x_TV.float().contiguous()
     count, width = rows.shape
     index_T = torch.empty(count, dtype=torch.int64)
     _library().functions.qc_argmax(

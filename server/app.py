@@ -1,6 +1,7 @@
 """The server process: start-up, drain and shutdown, in the order in which they happen."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -139,6 +140,8 @@ class Server:
             loop.add_signal_handler(number, self._on_signal, number)
         await self._catalogue.apply_pins()
         await self._warm_up()
+        gc.collect()
+        gc.freeze()  # what start-up made stays: no collection in the middle of a step looks through it again
 
     async def _warm_up(self) -> None:
         """One short generation: whatever is slow only once is over before the first caller, or fails now."""

@@ -18,8 +18,8 @@ from adapters.native import NativeRMSNorm
 from kernels.decoder_layer import DecoderLayer, LayerParts, LayerStep
 from kernels.linear import PackedLinear
 from kernels.paging import PagedRows
-from kernels.structs import Activation
-from server.kv_cache import KVCache, LayerProbe, NativeStep
+from kernels.structs import Activation, CacheRecord
+from server.kv_cache import LayerProbe, NativeStep
 
 log = logging.getLogger(__name__)
 
@@ -81,24 +81,33 @@ class _Place:
 
     index: int
     probe: LayerProbe
-    cache: KVCache
+    record: CacheRecord
     call: _Call
 
 
-def fuse_layers(model: Any, probe: LayerProbe, cache: KVCache, routing: Routing) -> int:
+@dataclass(frozen=True, slots=True)
+class NativeCaches:
+    """The cache of each layer as native code sees it, and its blocks."""
+
+    records: dict[int, CacheRecord]
+    block_count: int
+    block_tokens: int
+
+
+def fuse_layers(model: Any, probe: LayerProbe, caches: NativeCaches, routing: Routing) -> int:
     """Replaces the model's decoder layers in place; all of them or none.
 
     Args:
         probe: what each layer's attention keeps and how it scores.
-        cache: whose first blocks may be overwritten.
+        caches: whose first blocks may be overwritten.
 
     Returns:
         How many were replaced.
     """
     name, layers = _decoder_layers(model, len(probe.shapes))
-    calls = _recorded_calls(model, layers, cache)
+    calls = _recorded_calls(model, layers, caches)
     built = [
-        _native_layer(layer, _Place(index, probe, cache, call))
+        _native_layer(layer, _Place(index, probe, caches.records[index], call))
         for index, (layer, call) in enumerate(zip(layers, calls, strict=True))
     ]
     natives = [native for native in built if native is not None]
@@ -169,7 +178,7 @@ def _native_layer(layer: Any, place: _Place) -> DecoderLayer | None:
             rule=rule,
             heads=heads,
             rotary_width=rotary_width,
-            cache=place.cache.records[place.index],
+            cache=place.record,
         )
     )
 
@@ -210,7 +219,7 @@ def _activation_of(mlp: Any) -> Activation | None:
     return Activation.GELU_TANH if isinstance(function, type(ACT2FN["gelu_pytorch_tanh"])) else None
 
 
-def _recorded_calls(model: nn.Module, layers: Sequence[nn.Module], cache: KVCache) -> list[_Call]:
+def _recorded_calls(model: nn.Module, layers: Sequence[nn.Module], caches: NativeCaches) -> list[_Call]:
     """Runs a few tokens through the model, module by module, and records each layer's input and output."""
     calls: list[_Call] = []
 
@@ -221,22 +230,23 @@ def _recorded_calls(model: nn.Module, layers: Sequence[nn.Module], cache: KVCach
         calls.append(_Call(hidden.clone(), kept, first.clone(), isinstance(output, tuple)))
 
     hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
-    ids = torch.arange(_PROBE_TOKENS)[None]
+    count = min(_PROBE_TOKENS, caches.block_count * caches.block_tokens)
+    ids = torch.arange(count)[None]
+    step = _probe_step(caches, count)
     try:
         with torch.inference_mode():
-            model(input_ids=ids, position_ids=ids, use_cache=False, paged=_probe_step(cache))
+            model(input_ids=ids, position_ids=ids, use_cache=False, paged=step)
     finally:
         for hook in hooks:
             hook.remove()
     return calls
 
 
-def _probe_step(cache: KVCache) -> NativeStep:
+def _probe_step(caches: NativeCaches, tokens: int) -> NativeStep:
     """The first tokens of one sequence in the first blocks."""
-    block_tokens = next(iter(cache.layers.values())).k_NSKE.shape[1]
-    blocks = -(-_PROBE_TOKENS // block_tokens)
-    rows = PagedRows(range(_PROBE_TOKENS), [0] * _PROBE_TOKENS, [range(blocks)], block_tokens)
-    return NativeStep(rows, cache.records)
+    blocks = -(-tokens // caches.block_tokens)
+    rows = PagedRows(range(tokens), [0] * tokens, [range(blocks)], caches.block_tokens)
+    return NativeStep(rows, caches.records)
 
 
 def _difference(layer: FusedLayer, call: _Call) -> float:

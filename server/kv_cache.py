@@ -87,7 +87,10 @@ class KVCache:
             )
             for index, shape in shapes.items()
         }
-        self.records = {index: cache_record(cache) for index, cache in self.layers.items()}
+
+    def native_records(self) -> dict[int, CacheRecord]:
+        """The same for native code; valid as long as this object lives."""
+        return {index: cache_record(cache) for index, cache in self.layers.items()}
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

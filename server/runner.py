@@ -13,9 +13,9 @@ from adapters.base import Base
 from adapters.layers import AdapterSlots, attach_slots
 from kernels.lora import Segment, Segments
 from kernels.paged_attention import AttentionPlan, PrefillSegment
-from kernels.paging import PagedRows
+from kernels.paging import MAX_WIDTH, PagedRows
 from server.batch import Batch, Row
-from server.fusion import fuse_layers
+from server.fusion import NativeCaches, fuse_layers
 from server.kv_cache import KVCache, NativeStep, PagedStep, bytes_per_token, probe_layers, use_paged_attention
 
 
@@ -32,10 +32,11 @@ class ModelRunner:
         """
         self._model = base.model
         self._device, self._storage = base.device, base.storage_dtype
-        self._native = base.kernels == "native"
-        self._fuse = fuse_layers and self._native and base.dtype == torch.float32
         use_paged_attention(base.model)
         self._probe = probe_layers(base.model, base.device)
+        narrow = all(shape.value_width <= MAX_WIDTH for shape in self._probe.shapes.values())
+        self._native = base.kernels == "native" and narrow
+        self._fuse = fuse_layers and self._native and base.dtype == torch.float32
         self.slots: AdapterSlots = attach_slots(base.model, base.layout)
         self.fused_layers = 0
 
@@ -50,8 +51,11 @@ class ModelRunner:
         self.cache = KVCache(
             self._probe.shapes, block_count, block_tokens, dtype=self._storage, device=self._device
         )
+        if self._native:
+            self._records = self.cache.native_records()
         if self._fuse:
-            self.fused_layers = fuse_layers(self._model, self._probe, self.cache, self.slots.routing)
+            caches = NativeCaches(self._records, block_count, block_tokens)
+            self.fused_layers = fuse_layers(self._model, self._probe, caches, self.slots.routing)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
@@ -81,7 +85,7 @@ class ModelRunner:
 
     def _step(self, batch: Batch) -> PagedStep | NativeStep:
         if self._native:
-            return NativeStep(self._rows(batch), self.cache.records)
+            return NativeStep(self._rows(batch), self._records)
         return PagedStep(self._plan(batch), self.cache.layers)
 
     def _rows(self, batch: Batch) -> PagedRows:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.library import native
+from kernels.rowwise import argmax, argmax_reference
 from server.request import SamplingParams, TokenLogprob
 
 
@@ -43,11 +45,10 @@ def uniform_of(seed: int, step: int) -> float:
 
 def sample(logits_SV: Tensor, rows: Items[SampleRow]) -> list[Choice]:
     """Chooses one token per row. A row's choice depends on its own logits and parameters alone."""
-    finite = torch.isfinite(logits_SV).all(dim=-1).tolist()
-    greedy = logits_SV.argmax(dim=-1).tolist()
+    greedy = _greedy(logits_SV).tolist()
     choices = []
     for index, row in enumerate(rows):
-        if not finite[index]:
+        if greedy[index] < 0:
             choices.append(Choice(None, None))
             continue
         logits_V = _penalised(logits_SV[index], row)
@@ -57,6 +58,12 @@ def sample(logits_SV: Tensor, rows: Items[SampleRow]) -> list[Choice]:
             token = greedy[index] if logits_V is logits_SV[index] else int(logits_V.argmax())
         choices.append(Choice(token, _logprob(logits_SV[index], token, row.params.logprobs)))
     return choices
+
+
+def _greedy(logits_SV: Tensor) -> Tensor:
+    """The likeliest token of each row, -1 where a row is not finite."""
+    native_form = logits_SV.device.type == "cpu" and native() is not None
+    return argmax(logits_SV) if native_form else argmax_reference(logits_SV)
 
 
 def _penalised(logits_V: Tensor, row: SampleRow) -> Tensor:

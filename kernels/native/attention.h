@@ -6,7 +6,7 @@
 // was cut into chunks nor where blocks lie changes an operation or its order.
 
 constexpr int kSpan = 256;     // positions of one softmax
-constexpr int kMaxWidth = 512;  // largest head dimension
+constexpr int kMaxWidth = QC_MAX_WIDTH;
 constexpr int kHeads = 4;      // query heads that are computed side by side over one key head
 constexpr int kParts = 4;      // so many of those at most in one piece of work
 

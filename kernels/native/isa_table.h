@@ -9,6 +9,7 @@ namespace {
 #include "vecmath.h"
 #include "sizes.h"
 #include "linear.h"
+#include "panel.h"
 #include "lora.h"
 #include "rows.h"
 #include "attention.h"

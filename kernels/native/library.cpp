@@ -42,9 +42,16 @@ class Scratch {
   ~Scratch() { free(memory_); }
 
   float *floats(int64_t count) {
-    if (count > size_) {
+#if defined(__SANITIZE_ADDRESS__)
+    const bool fits = count == size_;  // exactly what was asked for, so that one float more is found
+    const int64_t wanted = count / 16 * 16 + 16;
+#else
+    const bool fits = count <= size_;
+    const int64_t wanted = (count + count / 4 + 1023) / 1024 * 1024;
+#endif
+    if (!fits) {
       free(memory_);
-      size_ = (count + count / 4 + 1023) / 1024 * 1024;
+      size_ = wanted;
       memory_ = (float *)aligned_alloc(64, (size_t)size_ * sizeof(float));
       if (!memory_) abort();  // a few megabytes were not to be had: nothing could go on
     }

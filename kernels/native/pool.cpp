@@ -2,6 +2,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <time.h>
 
 #include <atomic>
@@ -84,7 +85,11 @@ class Pool {
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     pthread_t thread;
     auto *argument = new Argument{this, created_};
+    sigset_t all, before;  // signals are the program's; helpers take none
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     const bool made = pthread_create(&thread, &attributes, start, argument) == 0;
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
     if (!made) delete argument;
     pthread_attr_destroy(&attributes);
     return made;

@@ -12,6 +12,8 @@
 extern "C" {
 #endif
 
+#define QC_MAX_WIDTH 512
+
 enum qc_type { QC_F32 = 0, QC_BF16 = 1 };
 enum qc_form { QC_NF4 = 0, QC_DENSE_F32 = 1, QC_DENSE_BF16 = 2 };
 enum qc_activation { QC_SILU = 0, QC_GELU_TANH = 1 };
@@ -60,7 +62,7 @@ typedef struct {
   void *keys, *values;
   int32_t type;  // qc_type
   int32_t kv_heads;
-  int32_t key_width, value_width;
+  int32_t key_width, value_width;  // values: at most QC_MAX_WIDTH
 } qc_cache;
 
 typedef struct {

@@ -5,6 +5,7 @@
 // Included once per instruction set, inside its own namespace (isa_*.cpp).
 
 #define QC_INLINE inline __attribute__((always_inline))
+#define QC_LAMBDA __attribute__((always_inline))
 
 #if defined(QC_USE_AVX512)
 
@@ -370,7 +371,9 @@ QC_INLINE F16 minimum(F16 x, F16 y) { QC_EACH(x.v[i] < y.v[i] ? x.v[i] : y.v[i])
 QC_INLINE F16 maximum(F16 x, F16 y) { QC_EACH(x.v[i] > y.v[i] ? x.v[i] : y.v[i]); }
 QC_INLINE F16 absolute(F16 x) { QC_EACH(float_of(bits_of(x.v[i]) & 0x7FFFFFFFu)); }
 QC_INLINE F16 nearest(F16 x) { QC_EACH(__builtin_nearbyintf(x.v[i])); }
-QC_INLINE F16 scale_by_power(F16 x, F16 n) { QC_EACH(x.v[i] * float_of((uint32_t)((int32_t)n.v[i] + 127) << 23)); }
+QC_INLINE F16 scale_by_power(F16 x, F16 n) {
+  QC_EACH(x.v[i] * float_of((uint32_t)((n.v[i] == n.v[i] ? (int32_t)n.v[i] : 0) + 127) << 23));
+}
 QC_INLINE F16 where_less(F16 l, F16 r, F16 x, F16 y) { QC_EACH(l.v[i] < r.v[i] ? x.v[i] : y.v[i]); }
 QC_INLINE F16 lanes_or(F16 x, int from, int to, float other) { QC_EACH(i >= from && i < to ? x.v[i] : other); }
 QC_INLINE void store_bf16(uint16_t *p, F16 x, int n) {

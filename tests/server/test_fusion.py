@@ -1,0 +1,97 @@
+"""Which architectures run as fused native layers, that those compute the same, and that others still run."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adapters.base import load_base
+from server.batch import Batch, Row
+from server.request import Request, SamplingParams
+from server.runner import ModelRunner
+from server.sequence import Sequence
+from tests.adapters.bases import save_model
+from tests.kernels.conditions import needs_native
+
+pytestmark = needs_native
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FUSED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    "phi3": {},
+}
+UNFUSED: dict[str, dict[str, Any]] = {
+    "granite": {"residual_multiplier": 0.5},  # looks like Llama, and is not
+    "glm": {"head_dim": 16},  # rotates neighbours instead of halves
+    "olmo2": {},
+    "starcoder2": {},
+    "cohere": {},
+}
+
+
+def run_of(folder: Path, kernels: Any, fused: bool, block_count: int = 32) -> tuple[Tensor, int]:
+    """Logits of a prompt in two chunks and of one decoded token, and how many layers were fused."""
+    base = load_base(
+        str(folder), quantization="none", dtype="float32", device="cpu", kernels=kernels, progress=False
+    )
+    runner = ModelRunner(base, fuse_layers=fused)
+    runner.allocate_cache(block_count, 4)
+    sequence = Sequence(Request("x", tuple(range(3, 33)), SamplingParams()), 40, 0.0)
+    sequence.blocks = list(range(block_count - 1, block_count - 11, -1))
+    runner.run(Batch((Row(sequence, 0, 10),)))
+    prompt = runner.run(Batch((Row(sequence, 10, 20),)))
+    sequence.token_ids.append(5)
+    return torch.cat((prompt, runner.run(Batch((Row(sequence, 30, 1),))))), runner.fused_layers
+
+
+@pytest.mark.parametrize("model_type", [*FUSED, *UNFUSED])
+def test_native_layers_compute_what_transformers_computes(model_type: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / model_type, model_type, **SIZES, **(FUSED | UNFUSED)[model_type])
+    expected, _ = run_of(folder, "torch", False)
+    for fused in (False, True):
+        found, count = run_of(folder, "native", fused)
+        assert count == (2 if fused and model_type in FUSED else 0)
+        assert float((found - expected).norm() / expected.norm()) < 2e-6
+
+
+def test_a_layer_that_differs_is_not_fused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It has the modules of a Llama layer and a forward of its own."""
+    caplog.set_level(logging.INFO, logger="server.fusion")
+    folder = save_model(tmp_path / "llama", "llama", **SIZES)
+    base = load_base(str(folder), quantization="none", dtype="float32", device="cpu", progress=False)
+    layer = base.model.model.layers[1]
+    plain = layer.forward
+    layer.forward = lambda *args, **keywords: plain(*args, **keywords) * 1.001
+    runner = ModelRunner(base)
+    runner.allocate_cache(4, 4)
+    assert runner.fused_layers == 0
+    assert "fused they differ by" in caplog.text
+    assert isinstance(base.model.model.layers, nn.ModuleList)
+    assert base.model.model.layers[1] is layer
+
+
+def test_one_block_is_enough_to_try_out_the_layers(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "llama", "llama", **SIZES)
+    base = load_base(str(folder), quantization="none", dtype="float32", device="cpu", progress=False)
+    runner = ModelRunner(base)
+    runner.allocate_cache(1, 2)
+    assert runner.fused_layers == 2
