@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-NATIVE_GAIN: Final = "on a CPU about 2.5 times the decode steps per second; docs/performance.md has figures"
+NATIVE_GAIN: Final = "on a CPU two to four times the decode steps per second; docs/performance.md has figures"
 
 BUILD_REMEDY: Final = (
     "install a C++ compiler such as g++, then run pip install again with --force-reinstall --no-cache-dir; "
