@@ -11,6 +11,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--native-library",
+        type=Path,
+        metavar="FILE",
+        help="native kernels to test instead of those installed",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    library = config.getoption("--native-library")
+    if library is not None:
+        import kernels.library
+
+        kernels.library._built_library = lambda: library
+
+
 @pytest.fixture(scope="session")
 def base_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache_dir for tiny models: quantised once per test run, gone afterwards."""

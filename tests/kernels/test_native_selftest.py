@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +41,14 @@ Checksums = dict[str, dict[str, str]]
 
 def build(folder: Path, compiler: str, optimise: str, *flags: str) -> Path:
     """The self-test as a program in `folder`."""
+    program = folder / "selftest"
+    arguments = linked(folder, compiler, optimise, *flags, source=TESTS / "selftest.cpp")
+    checked_run([compiler, *arguments, "-o", str(program)])
+    return program
+
+
+def linked(folder: Path, compiler: str, optimise: str, *flags: str, source: Path | None = None) -> list[str]:
+    """Compiles the kernels, and another source, into `folder`; returns what to link them with."""
     target = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
     on_x86 = target.startswith("x86_64")
 
@@ -53,12 +62,10 @@ def build(folder: Path, compiler: str, optimise: str, *flags: str) -> Path:
         )
         return made
 
-    sources = [*sorted(KERNELS.glob("*.cpp")), TESTS / "selftest.cpp"]
+    sources = [*sorted(KERNELS.glob("*.cpp")), *([source] if source else [])]
     with ThreadPoolExecutor(2) as pool:
         objects = [str(made) for made in pool.map(compiled, sources)]
-    program = folder / "selftest"
-    checked_run([compiler, *FLAGS, *flags, *objects, "-o", str(program)])
-    return program
+    return [*FLAGS, *flags, *objects]
 
 
 def checked_run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
@@ -115,6 +122,29 @@ def test_no_memory_error_and_no_undefined_behaviour(tmp_path: Path, here: Checks
     # Memory that was never written reads as NaN.
     options = {"ASAN_OPTIONS": "max_malloc_fill_size=1073741824:malloc_fill_byte=255"}
     assert checksums([program], options) == here
+
+
+def test_hypothesis_finds_no_memory_error(tmp_path: Path) -> None:
+    """The operations as Python calls them, against their references, over shapes that are made up anew."""
+    compiler = needed("g++")
+    library = tmp_path / "_native.abi3.so"
+    checked_run(
+        [compiler, *linked(tmp_path, compiler, "-O1", "-fPIC", *MEMORY), "-shared", "-o", str(library)]
+    )
+    runtime = checked_run([compiler, "-print-file-name=libasan.so"]).strip()
+    options = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    tests = str(Path(__file__).parent / "test_native.py")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        tests,
+        f"--native-library={library}",
+        "-p",
+        "no:cacheprovider",
+    ]
+    assert " passed" in checked_run(command, options)
 
 
 def test_no_two_threads_meet_in_memory(tmp_path: Path) -> None:
