@@ -12,6 +12,7 @@ from adapters.base import Base
 from adapters.errors import AdapterError, CapacityError
 from adapters.residency import AdapterResidency
 from adapters.store import AdapterStore
+from kernels.library import status as native_status
 from server.batch import Batch, Row
 from server.blocks import BlockPool
 from server.config import EngineSettings
@@ -69,6 +70,12 @@ class EngineCore:
             device=base.device,
         )
         self.runner.allocate_cache(budgets.block_count, budgets.block_tokens)
+        log.info(
+            "kernels=%s fused_layers=%d storage=%s",
+            native_status().reason if base.kernels == "native" else "torch",
+            self.runner.fused_layers,
+            base.storage_dtype,
+        )
         self.residency = AdapterResidency(
             store,
             base.layout,
