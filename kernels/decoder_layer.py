@@ -65,7 +65,8 @@ class LayerStep:
             cosines_TR, sines_TR: rotary angles of each token.
         """
         cosines, sines = cosines_TR.float().contiguous(), sines_TR.float().contiguous()
-        self._kept = cosines, sines, paging, segments
+        # What was given stays alive, too: steps are told apart by its address.
+        self._kept = cosines_TR, sines_TR, cosines, sines, paging, segments
         self.record = StepRecord(
             segments.address, len(segments), cosines.data_ptr(), sines.data_ptr(), paging.record, rows,
             torch.get_num_threads(),
