@@ -4,6 +4,7 @@ Linear layers always; norms where the native result equals theirs; embeddings ar
 weights are stored in. Everything else of a model stays as it is.
 """
 
+import copy
 import logging
 from typing import Any
 
@@ -112,7 +113,7 @@ def native_norm(module: nn.Module) -> NativeRMSNorm | None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((3, len(weight)), generator=generator)
     with torch.inference_mode():
-        expected = module.float()(x) if weight.dtype != torch.float32 else module(x)
+        expected = copy.deepcopy(module).float()(x)
         for form in (weight.float(), 1.0 + weight.float()):
             norm = NativeRMSNorm(form.detach().clone(), float(epsilon))
             if torch.allclose(norm(x), expected, rtol=_NORM_TOLERANCE, atol=_NORM_TOLERANCE):

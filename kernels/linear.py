@@ -64,7 +64,8 @@ class PackedLinear:
         self.out_features, self.in_features = shape
         self.form = form
         self._kept = weights, scales, bias
-        self._factors: dict[int, LoraFactors] = {}
+        self._factors: dict[int, LoraFactors] = {}  # keeps alive what the table points to
+        self._table = (Factors * 0)()
         self.record = Linear(
             weights.data_ptr(),
             None if scales is None else scales.data_ptr(),
@@ -89,15 +90,21 @@ class PackedLinear:
             ValueError: the factors do not fit this layer.
         """
         if factors is None:
-            self._factors.pop(slot, None)
-        else:
-            _check_factors(factors, self.in_features, self.out_features)
-            self._factors[slot] = factors
-        table = (Factors * (max(self._factors, default=-1) + 1))()
-        for index, kept in self._factors.items():
-            table[index] = _factors_record(kept)
+            if self._factors.pop(slot, None) is not None:
+                self._table[slot] = Factors()
+            return
+        _check_factors(factors, self.in_features, self.out_features)
+        if slot >= len(self._table):
+            self._grow(2 * slot + 1)
+        self._factors[slot] = factors
+        self._table[slot] = _factors_record(factors)
+
+    def _grow(self, slots: int) -> None:
+        """A longer table, with the old one in it: filling a slot costs the same however many there are."""
+        table = (Factors * slots)(*self._table)
         # ctypes keeps the table alive with the pointer to it.
-        self.record.slots, self.record.slot_count = table, len(table)
+        self.record.slots, self.record.slot_count = table, slots
+        self._table = table
 
     def __call__(self, x: Tensor, segments: "Segments | None" = None) -> Tensor:
         """[…, D] float32 → […, O], with the update of each row's adapter."""

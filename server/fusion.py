@@ -159,10 +159,17 @@ def _native_layer(layer: Any, place: _Place) -> DecoderLayer | None:
     widths = heads * shape.key_width + shape.kv_heads * (shape.key_width + shape.value_width)
     if not per_head or sum(part.out_features for part in qkv) != widths:
         return None
+    hidden, gated = output[0].out_features, down[0].in_features
+    if sum(part.out_features for part in gate_up) != 2 * gated or down[0].out_features != hidden:
+        return None
+    if any(part.in_features != hidden for part in (*qkv, *gate_up)):
+        return None
+    if any(len(norm.weight) != hidden for norm in norms.values()):
+        return None
     if rotary_width is None or rotary_width % 2 or rotary_width > shape.key_width:
         return None
-    used = [norm for norm in (*norms.values(), *head_norms) if norm is not None]
-    if len({norm.epsilon for norm in used}) != 1:
+    epsilons = {norm.epsilon for norm in (*norms.values(), *head_norms) if norm is not None}
+    if len(epsilons) != 1:
         return None
     return DecoderLayer(
         LayerParts(
@@ -170,10 +177,13 @@ def _native_layer(layer: Any, place: _Place) -> DecoderLayer | None:
             output=output[0],
             gate_up=gate_up,
             down=down[0],
-            **{role: None if norm is None else norm.weight for role, norm in norms.items()},  # type: ignore[arg-type]
-            query_norm=None if head_norms[0] is None else head_norms[0].weight,
-            key_norm=None if head_norms[1] is None else head_norms[1].weight,
-            norm_epsilon=used[0].epsilon,
+            input_norm=norms["input_norm"].weight,
+            mlp_norm=norms["mlp_norm"].weight,
+            attention_norm=_weight(norms.get("attention_norm")),
+            after_mlp_norm=_weight(norms.get("after_mlp_norm")),
+            query_norm=_weight(head_norms[0]),
+            key_norm=_weight(head_norms[1]),
+            norm_epsilon=epsilons.pop(),
             activation=activation,
             rule=rule,
             heads=heads,
@@ -194,22 +204,28 @@ def _norm(parent: Any, name: str) -> NativeRMSNorm | None:
     return norm if isinstance(norm, NativeRMSNorm) else None
 
 
-def _norms_of(layer: Any) -> dict[str, NativeRMSNorm | None] | None:
-    """Norms by their place: around attention and activation (Gemma 2 and 3), or before each (most others)."""
-    names = (
-        (
-            "input_layernorm",
-            "post_attention_layernorm",
-            "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-        )
-        if hasattr(layer, "pre_feedforward_layernorm")
-        else ("input_layernorm", None, "post_attention_layernorm", None)
-    )
-    places = ("input_norm", "attention_norm", "mlp_norm", "after_mlp_norm")
-    norms = {place: _norm(layer, name) if name else None for place, name in zip(places, names, strict=True)}
-    missing = any(name and norms[place] is None for place, name in zip(places, names, strict=True))
-    return None if missing else norms
+def _weight(norm: NativeRMSNorm | None) -> Tensor | None:
+    return None if norm is None else norm.weight
+
+
+_NORMS_BEFORE = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+_NORMS_AROUND = {
+    "input_norm": "input_layernorm",
+    "attention_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "after_mlp_norm": "post_feedforward_layernorm",
+}
+
+
+def _norms_of(layer: Any) -> dict[str, NativeRMSNorm]:
+    """Norms by their place: around attention and activation (Gemma 2 and 3), or before each (most others).
+
+    Empty if any of them has no native form.
+    """
+    places = _NORMS_AROUND if hasattr(layer, "pre_feedforward_layernorm") else _NORMS_BEFORE
+    norms = {place: _norm(layer, name) for place, name in places.items()}
+    found = {place: norm for place, norm in norms.items() if norm is not None}
+    return found if len(found) == len(places) else {}
 
 
 def _activation_of(mlp: Any) -> Activation | None:

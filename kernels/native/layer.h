@@ -2,7 +2,7 @@
 //
 // The same operations as one by one, on the same rows, in the same order: the same bits.
 
-// Scratch of a step, carved out of one piece of memory by every thread alike.
+// Scratch of a step, carved out of one piece of memory.
 struct Workspace {
   float *normed, *qkv, *attended, *projected, *gate_up, *gated, *lora;
 };

@@ -18,24 +18,24 @@ from quickchange.threads import spin_briefly
 
 spin_briefly(os.environ)  # before torch is imported, as in the server
 
-import matplotlib  # noqa: E402
-import torch  # noqa: E402
-from torch.nn.functional import linear  # noqa: E402
+import matplotlib
+import torch
+from torch.nn.functional import linear
 
-from adapters.bnb import functional  # noqa: E402
-from adapters.nf4 import PackedNF4Linear, fused_kernel_works  # noqa: E402
-from kernels import rowwise  # noqa: E402
-from kernels.library import native, status  # noqa: E402
-from kernels.linear import dequantize_nf4, packed_dense, packed_nf4  # noqa: E402
-from kernels.lora import LoraFactors, Segment, Segments, add_lora_delta  # noqa: E402
-from kernels.paged_attention import (  # noqa: E402
+from adapters.bnb import functional
+from adapters.nf4 import PackedNF4Linear, fused_kernel_works
+from kernels import rowwise
+from kernels.library import native, status
+from kernels.linear import dequantize_nf4, packed_dense, packed_nf4
+from kernels.lora import LoraFactors, Segment, Segments, add_lora_delta
+from kernels.paged_attention import (
     AttentionPlan,
     AttentionRule,
     LayerCache,
     paged_attention,
 )
-from kernels.paging import PagedRows, cache_record, native_paged_attention  # noqa: E402
-from kernels.structs import Activation  # noqa: E402
+from kernels.paging import PagedRows, cache_record, native_paged_attention
+from kernels.structs import Activation
 
 matplotlib.use("Agg")
 

@@ -16,16 +16,16 @@ from quickchange.threads import spin_briefly
 
 spin_briefly(os.environ)  # before torch is imported, as in the server
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from torch import Tensor
 
-from adapters.base import load_base  # noqa: E402
-from adapters.layout import BaseLayout  # noqa: E402
-from kernels.lora import LoraFactors  # noqa: E402
-from server.batch import Batch, Row  # noqa: E402
-from server.request import Request, SamplingParams  # noqa: E402
-from server.runner import ModelRunner  # noqa: E402
-from server.sequence import Sequence  # noqa: E402
+from adapters.base import load_base
+from adapters.layout import BaseLayout
+from kernels.lora import LoraFactors
+from server.batch import Batch, Row
+from server.request import Request, SamplingParams
+from server.runner import ModelRunner
+from server.sequence import Sequence
 
 BLOCK_TOKENS = 16
 

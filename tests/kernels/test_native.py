@@ -322,6 +322,27 @@ def test_factors_that_do_not_fit_are_refused() -> None:
             layer.set_slot(1, factors)
 
 
+def test_slots_are_filled_emptied_and_filled_again() -> None:
+    layer, x = packed_dense(torch.zeros(8, 16), None), randn(1, 16)
+    pairs = {slot: LoraFactors(randn(2, 16, seed=slot), randn(2, 8, seed=slot)) for slot in (1, 5, 2, 40)}
+
+    def update(slot: int) -> Tensor:
+        return layer(x, Segments([Segment(0, 1, slot)]))
+
+    for slot, pair in pairs.items():
+        layer.set_slot(slot, pair)
+    expected = {slot: update(slot) for slot in pairs}
+    for slot, pair in pairs.items():
+        assert_close(expected[slot], x @ pair.a_RD.T @ pair.b_RO, torch.full((1, 8), 100.0))
+    layer.set_slot(5, None)
+    layer.set_slot(7, None)  # never filled
+    assert not update(5).any()
+    assert not update(1000).any()
+    layer.set_slot(5, pairs[2])
+    assert torch.equal(update(5), expected[2])
+    assert torch.equal(update(40), expected[40])
+
+
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
     library = native()
     assert library is not None
