@@ -8,7 +8,7 @@ import heapq
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -137,6 +137,26 @@ class AdapterResidency:
         self._loading[digest] = _Loading(future, size_bytes, time.monotonic())
         future.add_done_callback(lambda _: self._wake())
 
+    def in_the_way(self, digest: str, order: Sequence[str]) -> Set[str]:
+        """Adapters in use, the first of `order`, without which this one would fit.
+
+        None while others are loading: they end soon, and may make room or need it.
+        """
+        if self._loading:
+            return frozenset()
+        idle = sum(
+            r.size_bytes for d, r in self._resident.items() if not r.references and d not in self._pinned
+        )
+        missing = self.used_bytes - idle + self._device_bytes(digest) - self.budget_bytes
+        chosen: set[str] = set()
+        for other in order:
+            if missing <= 0:
+                break
+            if other in self._resident and other not in self._pinned:
+                chosen.add(other)
+                missing -= self._resident[other].size_bytes
+        return chosen
+
     @property
     def has_news(self) -> bool:
         """Whether `collect` would report something."""
@@ -187,6 +207,14 @@ class AdapterResidency:
                 f"the adapter needs {size_bytes} bytes on the device and all adapters together may have "
                 f"{self.budget_bytes}; start the server with a larger --adapter-device-bytes",
                 reason="ADAPTER_TOO_LARGE",
+            )
+        pinned = sum(r.size_bytes for d, r in self._resident.items() if d in self._pinned)
+        if size_bytes + pinned > self.budget_bytes:
+            raise CapacityError(
+                f"the adapter needs {size_bytes} bytes on the device, and pinned ones hold {pinned} of the "
+                f"{self.budget_bytes} for all; unpin one or start the server with a larger "
+                "--adapter-device-bytes",
+                reason="ADAPTERS_PINNED",
             )
         missing = self.used_bytes + size_bytes - self.budget_bytes
         victims = []

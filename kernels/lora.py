@@ -15,11 +15,12 @@ from kernels.structs import SegmentRecord
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens [start, end) of the flattened batch that use the adapter in `slot`."""
+    """Tokens [start, end) of the flattened batch that use the adapter in `slot`, its update times `scale`."""
 
     start: int
     end: int
     slot: int
+    scale: float = 1.0
 
 
 class Segments:
@@ -28,7 +29,7 @@ class Segments:
     def __init__(self, segments: Sequence[Segment] = ()) -> None:
         self._segments = tuple(segments)
         self._records = (SegmentRecord * len(self._segments))(
-            *(SegmentRecord(segment.start, segment.end, segment.slot) for segment in self._segments)
+            *(SegmentRecord(each.start, each.end, each.slot, each.scale) for each in self._segments)
         )
 
     def __len__(self) -> int:
@@ -69,7 +70,7 @@ class LoraFactors:
 def add_lora_delta(
     y_TO: Tensor, x_TD: Tensor, segments: Segments, factors: Mapping[int, LoraFactors]
 ) -> None:
-    """Adds each token's own update in place: y[t] += scaling[slot] · (x[t] @ a[slot].T) @ b[slot].
+    """Adds each token's own update in place: y[t] += scaling[slot] · scale · (x[t] @ a[slot].T) @ b[slot].
 
     A segment's numbers depend on its own rows and factors alone. Tokens outside every segment, and slots
     without factors, cost nothing and stay as they are: their update is zero.
@@ -87,7 +88,8 @@ def add_lora_delta(
         x_SD = x_TD[segment.start : segment.end].to(pair.a_RD.dtype)
         shrunk_SR = torch.mm(x_SD, pair.a_RD.t())
         y_SO = y_TO[segment.start : segment.end]
+        scaling = pair.scaling * segment.scale
         if y_SO.dtype == shrunk_SR.dtype:
-            y_SO.addmm_(shrunk_SR, pair.b_RO, alpha=pair.scaling)
+            y_SO.addmm_(shrunk_SR, pair.b_RO, alpha=scaling)
         else:
-            y_SO.add_(torch.mm(shrunk_SR, pair.b_RO), alpha=pair.scaling)
+            y_SO.add_(torch.mm(shrunk_SR, pair.b_RO), alpha=scaling)

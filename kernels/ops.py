@@ -47,16 +47,24 @@ def _(x: Tensor, weights: Tensor, scales: Tensor | None, bias: Tensor | None, ou
 
 @custom_op("quickchange::lora_delta", mutates_args={"y"})
 def lora_delta(
-    y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scaling: list[float], segments: list[int]
+    y: Tensor,
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scaling: list[float],
+    segments: list[int],
+    scales: list[float],
 ) -> None:
     """y [B, O] += the update of each row's adapter, x [B, D].
 
     Args:
         a, b, scaling: of each slot from 1 on: [R, D], [R, O].
         segments: start, end, slot; start, end, slot; …
+        scales: of each segment.
     """
     factors = {slot + 1: LoraFactors(*each) for slot, each in enumerate(zip(a, b, scaling, strict=True))}
-    routed = Segments([Segment(*segments[i : i + 3]) for i in range(0, len(segments), 3)])
+    places = zip(segments[::3], segments[1::3], segments[2::3], scales, strict=True)
+    routed = Segments([Segment(*place) for place in places])
     if native() is None:
         add_lora_delta(y, x, routed, factors)
         return
@@ -71,7 +79,13 @@ def lora_delta(
 
 @lora_delta.register_fake
 def _(
-    y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scaling: list[float], segments: list[int]
+    y: Tensor,
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scaling: list[float],
+    segments: list[int],
+    scales: list[float],
 ) -> None:
     return None
 

@@ -69,7 +69,7 @@ class Linear(Structure):
 class SegmentRecord(Structure):
     """qc_segment."""
 
-    _fields_ = (("start", c_int32), ("end", c_int32), ("slot", c_int32))
+    _fields_ = (("start", c_int32), ("end", c_int32), ("slot", c_int32), ("scale", c_float))
 
 
 class Paging(Structure):

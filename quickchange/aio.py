@@ -12,7 +12,7 @@ from quickchange.aio_adapters import AsyncAdapterClient
 from quickchange.aio_calls import AsyncCalls, AsyncResponseStream
 from quickchange.connection import Endpoint
 from quickchange.requests import GenerateOptions, Prompt
-from quickchange.types import Completion, Model, ServerInfo, StreamEvent, Tokenization
+from quickchange.types import Completion, Delta, Model, ServerInfo, StreamEvent, Tokenization
 from quickchange.v1 import inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
 
 
@@ -89,16 +89,38 @@ class AsyncClient:
         )
         return answers.completion(response)
 
-    def stream(
+    async def generate_many(
         self,
         prompt: Prompt,
+        n: int,
         *,
         retries: int = 0,
         timeout_s: float | None = None,
         **options: Unpack[GenerateOptions],
+    ) -> tuple[Completion, ...]:
+        """n answers to one prompt, which is computed once; takes what `generate` takes.
+
+        They differ only where tokens are drawn: give a temperature.
+        """
+        response = await self._calls.unary(
+            self._inference.Generate,
+            requests.generate_request(prompt, options, n=n),
+            self._endpoint.attempts(repeatable=False, timeout_s=timeout_s, retries=retries),
+        )
+        return answers.completions(response)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        n: int = 1,
+        retries: int = 0,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> "AsyncGenerationStream":
-        """The answer as it is produced; takes what `generate` takes."""
-        request = inference_pb2.GenerateStreamRequest(request=requests.generate_request(prompt, options))
+        """The answer as it is produced; takes what `generate` takes. Events tell n answers by `index`."""
+        wanted = requests.generate_request(prompt, options, n=n)
+        request = inference_pb2.GenerateStreamRequest(request=wanted)
         attempts = self._endpoint.attempts(repeatable=False, timeout_s=timeout_s, retries=retries)
         return AsyncGenerationStream(
             self._calls.server_stream(self._inference.GenerateStream, request, attempts)
@@ -142,9 +164,9 @@ class AsyncClient:
 
 
 class AsyncGenerationStream:
-    """The events of one answer; closing it, or leaving its `with` block, cancels what is not finished.
+    """The events of one request; closing it, or leaving its `with` block, cancels what is not finished.
 
-    Iterate it for events (Started, then Delta…, then Finished), or `text()` for the text alone.
+    Iterate it for events (Started, then Delta… and Finished of each answer), or `text()` for the text alone.
     """
 
     def __init__(self, responses: AsyncResponseStream[inference_pb2.GenerateStreamResponse]) -> None:
@@ -162,17 +184,20 @@ class AsyncGenerationStream:
                 return event
 
     async def text(self) -> AsyncIterator[str]:
-        """Pieces of text as they come."""
+        """Pieces of the first answer's text as they come."""
         async for event in self:
-            piece = getattr(event, "text", "")
-            if piece:
-                yield piece
+            if isinstance(event, Delta) and event.index == 0 and event.text:
+                yield event.text
 
     async def result(self) -> Completion:
-        """The whole answer; reads what has not been read yet."""
+        """The whole first answer; reads what has not been read yet."""
+        return (await self.results())[0]
+
+    async def results(self) -> tuple[Completion, ...]:
+        """Every answer, whole; reads what has not been read yet."""
         async for _ in self:
             pass
-        return self._builder.build()
+        return self._builder.build_all()
 
     async def close(self) -> None:
         """Cancels the request if it still runs; safe to call from another task, and more than once."""

@@ -1,5 +1,6 @@
 """Decoding the messages of the wire into typed values. Knows nothing of channels or of requests."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -19,18 +20,27 @@ EnumT = TypeVar("EnumT", bound=StrEnum)
 
 def completion(response: inference_pb2.GenerateResponse) -> types.Completion:
     """The one answer of a response."""
-    if len(response.completions) != 1:
-        raise InternalError(f"the server sent {len(response.completions)} completions, one was asked for")
-    answer = response.completions[0]
-    return types.Completion(
-        text=answer.text,
-        token_ids=tuple(answer.token_ids),
-        adapter=_resolved(response.adapter),
-        finish_reason=_finish_reason(answer.finish_reason),
-        usage=_usage(response.usage),
-        timings=_timings(response.timings),
-        logprobs=_logprobs(answer.logprobs),
-        request_id=response.request_id,
+    found = completions(response)
+    if len(found) != 1:
+        raise InternalError(f"the server sent {len(found)} completions, one was asked for")
+    return found[0]
+
+
+def completions(response: inference_pb2.GenerateResponse) -> tuple[types.Completion, ...]:
+    """All answers of a response, by index."""
+    return tuple(
+        types.Completion(
+            text=answer.text,
+            token_ids=tuple(answer.token_ids),
+            adapter=_resolved(response.adapter),
+            finish_reason=_finish_reason(answer.finish_reason),
+            usage=_usage(answer.usage if answer.HasField("usage") else response.usage),
+            timings=_timings(answer.timings if answer.HasField("timings") else response.timings),
+            logprobs=_logprobs(answer.logprobs),
+            request_id=response.request_id,
+            index=answer.index,
+        )
+        for answer in response.completions
     )
 
 
@@ -41,10 +51,12 @@ def stream_event(response: inference_pb2.GenerateStreamResponse) -> types.Stream
             return _started(response.started)
         case "delta":
             delta = response.delta
-            return types.Delta(delta.text, tuple(delta.token_ids), _logprobs(delta.logprobs))
+            return types.Delta(delta.text, tuple(delta.token_ids), _logprobs(delta.logprobs), delta.index)
         case "finished":
             end = response.finished
-            return types.Finished(_finish_reason(end.finish_reason), _usage(end.usage), _timings(end.timings))
+            return types.Finished(
+                _finish_reason(end.finish_reason), _usage(end.usage), _timings(end.timings), end.index
+            )
         case _:
             return None
 
@@ -54,39 +66,40 @@ class CompletionBuilder:
 
     def __init__(self) -> None:
         self._started: types.Started | None = None
-        self._finished: types.Finished | None = None
-        self._text: list[str] = []
-        self._token_ids: list[int] = []
-        self._logprobs: list[types.TokenLogprob] = []
+        self._deltas: defaultdict[int, list[types.Delta]] = defaultdict(list)
+        self._finished: dict[int, types.Finished] = {}
 
     def add(self, event: types.StreamEvent) -> None:
         match event:
             case types.Started():
                 self._started = event
             case types.Delta():
-                self._text.append(event.text)
-                self._token_ids.extend(event.token_ids)
-                self._logprobs.extend(event.logprobs)
+                self._deltas[event.index].append(event)
             case types.Finished():
-                self._finished = event
+                self._finished[event.index] = event
 
-    def build(self) -> types.Completion:
-        """The whole answer.
+    def build_all(self) -> tuple[types.Completion, ...]:
+        """Every answer, by index.
 
         Raises:
-            CancelledError: the stream ended before its end.
+            CancelledError: the stream ended before all were complete.
         """
-        if self._started is None or self._finished is None:
+        if self._started is None or not self._finished or self._deltas.keys() - self._finished.keys():
             raise CancelledError("the stream was closed before the answer was complete")
+        return tuple(self._answer(self._started, end) for _, end in sorted(self._finished.items()))
+
+    def _answer(self, started: types.Started, end: types.Finished) -> types.Completion:
+        deltas = self._deltas[end.index]
         return types.Completion(
-            text="".join(self._text),
-            token_ids=tuple(self._token_ids),
-            adapter=self._started.adapter,
-            finish_reason=self._finished.finish_reason,
-            usage=self._finished.usage,
-            timings=self._finished.timings,
-            logprobs=tuple(self._logprobs),
-            request_id=self._started.request_id,
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+            adapter=started.adapter,
+            finish_reason=end.finish_reason,
+            usage=end.usage,
+            timings=end.timings,
+            logprobs=tuple(each for delta in deltas for each in delta.logprobs),
+            request_id=started.request_id,
+            index=end.index,
         )
 
 

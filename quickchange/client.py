@@ -11,7 +11,7 @@ from quickchange.adapter_client import AdapterClient
 from quickchange.calls import Calls, ResponseStream
 from quickchange.connection import Endpoint
 from quickchange.requests import GenerateOptions, Prompt
-from quickchange.types import Completion, Model, ServerInfo, StreamEvent, Tokenization
+from quickchange.types import Completion, Delta, Model, ServerInfo, StreamEvent, Tokenization
 from quickchange.v1 import inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
 
 
@@ -82,16 +82,38 @@ class Client:
         )
         return answers.completion(response)
 
-    def stream(
+    def generate_many(
         self,
         prompt: Prompt,
+        n: int,
         *,
         retries: int = 0,
         timeout_s: float | None = None,
         **options: Unpack[GenerateOptions],
+    ) -> tuple[Completion, ...]:
+        """n answers to one prompt, which is computed once; takes what `generate` takes.
+
+        They differ only where tokens are drawn: give a temperature.
+        """
+        response = self._calls.unary(
+            self._inference.Generate,
+            requests.generate_request(prompt, options, n=n),
+            self._endpoint.attempts(repeatable=False, timeout_s=timeout_s, retries=retries),
+        )
+        return answers.completions(response)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        n: int = 1,
+        retries: int = 0,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> "GenerationStream":
-        """The answer as it is produced; takes what `generate` takes."""
-        request = inference_pb2.GenerateStreamRequest(request=requests.generate_request(prompt, options))
+        """The answer as it is produced; takes what `generate` takes. Events tell n answers by `index`."""
+        wanted = requests.generate_request(prompt, options, n=n)
+        request = inference_pb2.GenerateStreamRequest(request=wanted)
         attempts = self._endpoint.attempts(repeatable=False, timeout_s=timeout_s, retries=retries)
         return GenerationStream(self._calls.server_stream(self._inference.GenerateStream, request, attempts))
 
@@ -131,9 +153,9 @@ class Client:
 
 
 class GenerationStream:
-    """The events of one answer; closing it, or leaving its `with` block, cancels what is not finished.
+    """The events of one request; closing it, or leaving its `with` block, cancels what is not finished.
 
-    Iterate it for events (Started, then Delta…, then Finished), or `text()` for the text alone.
+    Iterate it for events (Started, then Delta… and Finished of each answer), or `text()` for the text alone.
     """
 
     def __init__(self, responses: ResponseStream[inference_pb2.GenerateStreamResponse]) -> None:
@@ -151,17 +173,20 @@ class GenerationStream:
                 return event
 
     def text(self) -> Iterator[str]:
-        """Pieces of text as they come."""
+        """Pieces of the first answer's text as they come."""
         for event in self:
-            piece = getattr(event, "text", "")
-            if piece:
-                yield piece
+            if isinstance(event, Delta) and event.index == 0 and event.text:
+                yield event.text
 
     def result(self) -> Completion:
-        """The whole answer; reads what has not been read yet."""
+        """The whole first answer; reads what has not been read yet."""
+        return self.results()[0]
+
+    def results(self) -> tuple[Completion, ...]:
+        """Every answer, whole; reads what has not been read yet."""
         for _ in self:
             pass
-        return self._builder.build()
+        return self._builder.build_all()
 
     def close(self) -> None:
         """Cancels the request if it still runs; safe to call from another thread, and more than once."""

@@ -33,6 +33,8 @@ class GenerateOptions(TypedDict, total=False):
     ignore_eos: goes on past the model's end token.
     logprobs: alternatives to report per token; 0 reports the chosen token alone.
     echo: returns the prompt's text before the answer.
+    adapter_scale: multiplies the adapter's update; 1 is the default, 0 answers as the base does.
+    priority: -10 to 10, larger goes first; 0 is the default.
     cache_salt: separates tenants in caches of prompts.
     request_id: comes back in the answer and stands in the server's log.
     """
@@ -52,10 +54,13 @@ class GenerateOptions(TypedDict, total=False):
     ignore_eos: bool
     logprobs: int
     echo: bool
+    adapter_scale: float
+    priority: int
     cache_salt: str
     request_id: str
 
 
+_PLAIN = frozenset({"adapter", "adapter_scale", "priority", "cache_salt", "request_id"})
 _PARTS: tuple[tuple[str, type[WireMessage], tuple[str, ...]], ...] = (
     ("sampling", inference_pb2.SamplingParams, tuple(inference_pb2.SamplingParams.DESCRIPTOR.fields_by_name)),
     ("stopping", inference_pb2.Stopping, tuple(inference_pb2.Stopping.DESCRIPTOR.fields_by_name)),
@@ -63,14 +68,18 @@ _PARTS: tuple[tuple[str, type[WireMessage], tuple[str, ...]], ...] = (
 )
 
 
-def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.GenerateRequest:
-    """The request for one answer.
+def generate_request(
+    prompt: Prompt, options: GenerateOptions, *, n: int = 1
+) -> inference_pb2.GenerateRequest:
+    """The request for n answers.
 
     Raises:
         InvalidArgumentError: a value that the wire cannot carry; ranges are the server's to check.
         TypeError: an option that does not exist.
     """
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if n != 1:
+        given["n"] = n
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
     parts: dict[str, WireMessage] = {}
@@ -170,7 +179,7 @@ def _built(message: type[WireMessageT], fields: Mapping[str, Any]) -> WireMessag
 
 
 def _refuse_unknown(given: Mapping[str, Any]) -> None:
-    unknown = sorted(set(given) - {"adapter", "cache_salt", "request_id"})
+    unknown = sorted(set(given) - _PLAIN)
     if unknown:
         raise TypeError(f"no such option: {', '.join(unknown)}; GenerateOptions lists what there is")
 

@@ -90,7 +90,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer. `logprobs` is empty unless they were asked for."""
+    """A whole answer, the `index`th to its prompt. `logprobs` is empty unless they were asked for."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -100,6 +100,7 @@ class Completion:
     timings: Timings
     logprobs: tuple[TokenLogprob, ...]
     request_id: str
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,20 +116,22 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """The next piece of an answer; `text` may be empty while a character is incomplete."""
+    """The next piece of the `index`th answer; `text` may be empty while a character is incomplete."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Last event of a stream."""
+    """Last event of the `index`th answer."""
 
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    index: int = 0
 
 
 StreamEvent = Started | Delta | Finished

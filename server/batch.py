@@ -23,6 +23,11 @@ class Row:
         return self.start + self.count == len(self.sequence.token_ids)
 
     @property
+    def route(self) -> tuple[int, float]:
+        """Slot of its adapter, and how much of the adapter's update it gets."""
+        return self.sequence.slot, self.sequence.request.adapter_scale
+
+    @property
     def is_decode(self) -> bool:
         return self.count == 1
 
@@ -57,5 +62,5 @@ class Batch:
 
 
 def arranged(rows: list[Row]) -> Batch:
-    """The rows in the order the runner wants: decode before prefill, then by slot."""
-    return Batch(tuple(sorted(rows, key=lambda row: (not row.is_decode, row.sequence.slot))))
+    """The rows in the order the runner wants: decode before prefill, then by slot, then by scale."""
+    return Batch(tuple(sorted(rows, key=lambda row: (not row.is_decode, *row.route))))

@@ -108,6 +108,12 @@ class EngineSettings(_Section):
     max_context_tokens: Annotated[int | None, About("prompt and answer; unset: what the base allows", 1)] = (
         None
     )
+    prefix_cache: Annotated[
+        Literal["on", "off"], About("whether prompts that begin alike share keys and values")
+    ] = "on"
+    priority_aging_s: Annotated[
+        float, About("seconds of waiting that count as one priority more", 0.01, 86400)
+    ] = 10.0
     fused_layers: Annotated[
         Literal["auto", "off"], About("whole decoder layers in one native call, where that computes the same")
     ] = "auto"

@@ -4,6 +4,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 
 import torch
 from torch import Tensor
@@ -92,9 +93,12 @@ class EngineCore:
             max_running=settings.max_running_requests,
             max_batch_tokens=settings.max_batch_tokens,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
+            priority_aging_s=settings.priority_aging_s,
+            prefix_cache=settings.prefix_cache == "on",
         )
         self.max_context_tokens = min(context, self.scheduler.blocks.total_tokens)
         self._generations: dict[Sequence, Generation] = {}
+        self._held = 0
         self._events: list[tuple[RequestStream, TokenEvent]] = []
         self._loads: defaultdict[str, list[Settle]] = defaultdict(list)
         self._forgetting: defaultdict[str, list[Callable[[], None]]] = defaultdict(list)
@@ -105,21 +109,27 @@ class EngineCore:
         """Whether every request has ended."""
         return not self._generations
 
-    def add(self, generation: Generation) -> None:
-        """Queues a request."""
-        self._generations[generation.sequence] = generation
-        self.scheduler.add(generation.sequence)
+    @property
+    def waiting(self) -> int:
+        """Answers that nothing was computed for yet."""
+        return len(self.scheduler.waiting) + self._held
 
-    def cancel(self, sequence: Sequence) -> None:
+    def add(self, answers: Items[Generation]) -> None:
+        """Queues a request. Its first answer goes ahead; the others find the prompt in the prefix cache."""
+        self._generations.update((answer.sequence, answer) for answer in answers)
+        self._held += len(answers) - 1
+        self.scheduler.add(answers[0].sequence)
+
+    def cancel(self, answers: Items[Generation]) -> None:
         """Ends a request now, wherever it is; harmless after its end."""
-        if sequence.phase is not Phase.FINISHED:
-            generation = self._generations[sequence]
-            self._emit(generation, generation.finished(FinishReason.CANCELLED))
+        for answer in answers:
+            if answer.sequence.phase is not Phase.FINISHED:
+                self._emit(answer, answer.finished(FinishReason.CANCELLED))
 
     def fail_all(self, make_error: Callable[[], ServerError]) -> None:
         """Ends every request with an error."""
-        for sequence in list(self._generations):
-            self._fail(sequence, make_error())
+        while self._generations:
+            self._fail(next(iter(self._generations)), make_error())
 
     def take_events(self) -> list[tuple[RequestStream, TokenEvent]]:
         """What happened since the last call, in order."""
@@ -185,9 +195,12 @@ class EngineCore:
         generations = [self._generations[row.sequence] for row in batch.rows if row.samples]
         choices = sample(logits_SV, [generation.sample_row() for generation in generations])
         for generation, choice in zip(generations, choices, strict=True):
+            if generation.sequence.phase is Phase.FINISHED:
+                continue  # a sibling in the same step failed, and the request with it
             if choice.token_id is None:
                 self._fail(generation.sequence, RequestFailedError("the logits were not finite"))
                 continue
+            self.scheduler.accepted(generation.sequence)
             gap_s, events = generation.accept(choice, self._eos_token_ids)
             if gap_s is not None:
                 self._metrics.observe_inter_token(gap_s)
@@ -199,25 +212,54 @@ class EngineCore:
         if isinstance(event, Started):
             self._metrics.observe_queue(event.queue_s)
             self._metrics.observe_first_token(generation.duration_s)
+            self._metrics.count_prefix_cache(event.prompt_tokens, event.cached_tokens)
+            self._let_siblings_in(generation)
         elif isinstance(event, Finished):
             code = "CANCELLED" if event.reason is FinishReason.CANCELLED else "OK"
-            self._retire(generation, event.reason.value, code)
-        elif isinstance(event, Failed):
-            self._retire(generation, "failed", event.error.code)
+            self._retire(generation, complete=code == "OK")
+            self._count_request(generation, event.reason.value, code)
+
+    def _let_siblings_in(self, first: Generation) -> None:
+        for sibling in first.siblings[1:]:
+            self._held -= 1
+            self.scheduler.add(sibling.sequence)
 
     def _fail(self, sequence: Sequence, error: ServerError) -> None:
-        self._emit(self._generations[sequence], Failed(error))
+        """Ends the whole request that a sequence belongs to."""
+        generation = self._generations[sequence]
+        self._events.append((generation.stream, Failed(error)))
+        for sibling in generation.siblings:
+            if sibling.sequence.phase is not Phase.FINISHED:
+                self._retire(sibling, complete=False, spoiled=isinstance(error, RequestFailedError))
+        self._count_request(generation, "failed", error.code)
 
-    def _retire(self, generation: Generation, reason: str, code: str) -> None:
-        sequence, request = generation.sequence, generation.request
-        if code != "OK":  # it may have written anything, seen or not
-            self.runner.scrub(sequence.blocks)
-        self.scheduler.finish(sequence)
+    def _retire(self, generation: Generation, *, complete: bool, spoiled: bool = False) -> None:
+        """
+        Args:
+            complete: its last position was seen to be finite.
+            spoiled: some position was not, or was not computed.
+        """
+        sequence = generation.sequence
+        self._held -= sequence.phase is Phase.NEW
+        emptied = self.scheduler.finish(sequence, spoiled=spoiled)
+        if not complete:  # it may have written anything
+            self.runner.scrub(emptied)
         del self._generations[sequence]
+
+    def _count_request(self, generation: Generation, reason: str, code: str) -> None:
+        """Reports a request's end, once its last answer has ended."""
+        if any(sibling.sequence in self._generations for sibling in generation.siblings):
+            return
         self.counters.count_request()
-        name = request.adapter.name if request.adapter else ""
+        request = generation.request
+        generated = sum(sibling.sequence.output_length for sibling in generation.siblings)
         self._metrics.observe_finished(
-            reason, code, generation.duration_s, sequence.prompt_length, sequence.output_length, name
+            reason,
+            code,
+            generation.duration_s,
+            generation.sequence.prompt_length,
+            generated,
+            request.adapter.name if request.adapter else "",
         )
 
     def _settle_loads(self) -> None:
@@ -228,20 +270,23 @@ class EngineCore:
                 settle(outcome.error)
             if outcome.error is not None:
                 for sequence in self.scheduler.waiting_for(outcome.digest):
-                    self._fail(sequence, AdapterLoadError(outcome.error))
+                    if sequence.phase is not Phase.FINISHED:  # not with a sibling already
+                        self._fail(sequence, AdapterLoadError(outcome.error))
 
     def _drop_expired(self, now_s: float) -> None:
         for sequence in self.scheduler.unfinished():
-            if sequence.expired(now_s):
+            if sequence.phase is not Phase.FINISHED and sequence.expired(now_s):
                 self._fail(sequence, DeadlineError("the deadline passed before the answer was complete"))
 
     def _forget_unused(self) -> None:
         for digest in list(self._forgetting):
             used = any(sequence.digest == digest for sequence in self._generations)
             if not used and self.residency.evict(digest):
+                self.runner.scrub(self.scheduler.blocks.forget_adapter(digest))
                 for done in self._forgetting.pop(digest):
                     done()
 
     def _count(self, batch: Batch, seconds: float) -> None:
         self.counters.count(batch)
         self._metrics.observe_step(batch.phase, seconds, len(batch.rows), batch.adapter_count)
+        self._metrics.count_preemptions(self.scheduler.preemptions)

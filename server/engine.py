@@ -21,7 +21,7 @@ from kernels.library import native
 from server.config import EngineSettings
 from server.core import EngineCore
 from server.errors import DrainingError, EngineDownError, InvalidRequestError, QueueFullError
-from server.generation import Generation
+from server.generation import Generation, generations_of
 from server.metrics import Metrics
 from server.request import Request, TokenEvent
 from server.statistics import EngineStats, ResidentNow
@@ -80,25 +80,36 @@ class Engine:
             InvalidRequestError: the prompt is empty, too long, or holds an unknown token.
             QueueFullError, DrainingError, EngineDownError: it was not queued.
         """
-        if self._draining:
-            raise DrainingError("the server is draining; send the request to another one")
+        self.check_open()
         self._check(request)
-        stream = RequestStream(asyncio.get_running_loop(), lambda: self._post_if_open(cancel))
+        stream = RequestStream(
+            asyncio.get_running_loop(), lambda: self._post_if_open(cancel), answers=request.n
+        )
         total = min(len(request.prompt_token_ids) + request.sampling.max_new_tokens, self.max_context_tokens)
-        generation = Generation(request, stream, self._core.decoder, total)
+        answers = generations_of(request, stream, self._core.decoder, total)
 
         def cancel() -> None:
-            self._core.cancel(generation.sequence)
+            self._core.cancel(answers)
 
         with self._condition:
-            if self._waiting >= self._settings.max_waiting_requests:
-                raise QueueFullError(
-                    f"{self._settings.max_waiting_requests} requests are waiting; try again later",
-                    self._core.counters.seconds_per_request,
-                )
-            self._post(lambda: self._enqueue(generation))
-            self._submitted += 1
+            self.check_open()
+            self._post(lambda: self._enqueue(answers))
+            self._submitted += request.n
         return stream
+
+    def check_open(self) -> None:
+        """Tells early, before work goes into a request, that it would not be queued now.
+
+        Raises:
+            QueueFullError, DrainingError
+        """
+        if self._draining:
+            raise DrainingError("the server is draining; send the request to another one")
+        if self._waiting >= self._settings.max_waiting_requests:
+            raise QueueFullError(
+                f"{self._settings.max_waiting_requests} requests are waiting; try again later",
+                self._core.counters.seconds_per_request,
+            )
 
     async def load(self, digest: str) -> None:
         """Brings an adapter to the device now.
@@ -172,7 +183,7 @@ class Engine:
 
     @property
     def _waiting(self) -> int:
-        return self._submitted + len(self._core.scheduler.waiting)
+        return self._submitted + self._core.waiting
 
     def _check(self, request: Request) -> None:
         count, limit = len(request.prompt_token_ids), self.max_context_tokens
@@ -182,16 +193,22 @@ class Engine:
             raise InvalidRequestError(
                 "prompt", f"has {count} tokens; the context holds {limit}, the answer included"
             )
+        if request.n > self._settings.max_running_requests:
+            raise InvalidRequestError(
+                "sampling.n",
+                f"is {request.n}, must be at most {self._settings.max_running_requests}, "
+                "which is how many run at once",
+            )
         unknown = [t for t in request.prompt_token_ids if not 0 <= t < self._core.vocab_size]
         if unknown:
             raise InvalidRequestError(
                 "prompt.token_ids", f"{unknown[0]} is not a token; ids are 0 to {self._core.vocab_size - 1}"
             )
 
-    def _enqueue(self, generation: Generation) -> None:
+    def _enqueue(self, answers: list[Generation]) -> None:
         with self._condition:
-            self._submitted -= 1
-        self._core.add(generation)
+            self._submitted -= len(answers)
+        self._core.add(answers)
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._condition:
@@ -252,7 +269,7 @@ class Engine:
         self._residents = tuple(ResidentNow(*resident) for resident in self._core.residency.residents())
         scheduler = self._core.scheduler
         self._metrics.set_engine_gauges(
-            len(scheduler.running), len(scheduler.waiting), scheduler.blocks.used_ratio
+            len(scheduler.running), self._core.waiting, scheduler.blocks.used_ratio
         )
 
     def _sleep(self) -> None:

@@ -1,4 +1,4 @@
-"""One request's way from chosen tokens to events: text, stops, timings. Knows no batches and no queues."""
+"""One answer's way from chosen tokens to events: text, stops, timings. Knows no batches and no queues."""
 
 import secrets
 import time
@@ -19,13 +19,20 @@ from server.stream import RequestStream
 
 
 class Generation:
-    """A sequence together with its text and its random numbers; owned by the engine's thread."""
+    """A sequence together with its text and its random numbers; owned by the engine's thread.
+
+    Attributes:
+        index: which of the request's answers it is.
+        siblings: all of the request's answers, this one too, by index.
+    """
 
     def __init__(
-        self, request: Request, stream: RequestStream, decoder: Decoder, max_total_tokens: int
+        self, request: Request, stream: RequestStream, decoder: Decoder, max_total_tokens: int, index: int
     ) -> None:
         self.sequence = Sequence(request, max_total_tokens, time.monotonic())
         self.stream = stream
+        self.index = index
+        self.siblings: list[Generation] = [self]
         self._text = Detokenizer(decoder, request.sampling.stop)
         seed = request.sampling.seed
         self._first_token_s: float | None = None
@@ -39,7 +46,7 @@ class Generation:
     def sample_row(self) -> SampleRow:
         """What the sampler needs for this sequence's next token."""
         sequence = self.sequence
-        uniform = uniform_of(self._seed, sequence.output_length)
+        uniform = uniform_of(self._seed, self.index, sequence.output_length)
         return SampleRow(self.request.sampling, self.request.prompt_token_ids, sequence.output_ids, uniform)
 
     def accept(self, choice: Choice, eos_token_ids: frozenset[int]) -> tuple[float | None, list[TokenEvent]]:
@@ -57,7 +64,8 @@ class Generation:
         events: list[TokenEvent] = []
         if self._first_token_s is None:
             self._first_token_s = now_s
-            events.append(Started(sequence.prompt_length, 0, self.queue_s))
+            if self.index == 0:
+                events.append(Started(sequence.prompt_length, sequence.cached_tokens, self.queue_s))
         reason = sequence.finish_reason(eos_token_ids)
         # A stopping token is counted and reported, but is no part of the text.
         text = "" if reason is FinishReason.STOP else self._text.add(choice.token_id)
@@ -65,7 +73,8 @@ class Generation:
             reason = FinishReason.STOP
         elif reason is not None:
             text += self._text.finish()
-        events.append(Delta(text, (choice.token_id,), (choice.logprob,) if choice.logprob else ()))
+        logprobs = (choice.logprob,) if choice.logprob else ()
+        events.append(Delta(text, (choice.token_id,), logprobs, self.index))
         if reason is not None:
             events.append(self.finished(reason))
         return gap_s, events
@@ -73,7 +82,14 @@ class Generation:
     def finished(self, reason: FinishReason) -> Finished:
         """The closing event."""
         sequence = self.sequence
-        return Finished(reason, sequence.prompt_length, sequence.output_length, 0, self._timings())
+        return Finished(
+            reason,
+            prompt_tokens=sequence.prompt_length,
+            completion_tokens=sequence.output_length,
+            cached_tokens=sequence.cached_tokens,
+            timings=self._timings(),
+            index=self.index,
+        )
 
     @property
     def queue_s(self) -> float:
@@ -90,3 +106,17 @@ class Generation:
         sequence = self.sequence
         first_token_s = (self._first_token_s or time.monotonic()) - sequence.submitted_s
         return Timings(self.queue_s, sequence.adapter_wait_s, first_token_s, self.duration_s)
+
+
+def generations_of(
+    request: Request, stream: RequestStream, decoder: Decoder, max_total_tokens: int
+) -> list[Generation]:
+    """The answers a request asks for, by index.
+
+    Args:
+        max_total_tokens: of prompt and answer together, for each.
+    """
+    answers = [Generation(request, stream, decoder, max_total_tokens, index) for index in range(request.n)]
+    for answer in answers:
+        answer.siblings = answers
+    return answers

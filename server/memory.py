@@ -12,6 +12,8 @@ log = logging.getLogger(__name__)
 
 _KV_SHARE = 0.25
 _ADAPTER_SHARE = 0.15
+_USEFUL_SHARE = 2
+"""Most blocks worth having, relative to as many full contexts as run at once: the rest keeps prefixes."""
 _CUDA_RESERVE_BYTES = 1 * GIB
 """Left for activations and workspaces."""
 _CPU_KV_LIMIT_BYTES = 4 * GIB
@@ -43,8 +45,8 @@ def plan_memory(
     free_bytes = _free_bytes(device)
     block_bytes = kv_bytes_per_token * settings.block_tokens
     kv_bytes = settings.kv_bytes or _default_kv_bytes(free_bytes, device)
-    useful_blocks = settings.max_running_requests * -(-max_context_tokens // settings.block_tokens)
-    blocks = min(kv_bytes // block_bytes, useful_blocks)
+    running_blocks = settings.max_running_requests * -(-max_context_tokens // settings.block_tokens)
+    blocks = min(kv_bytes // block_bytes, _USEFUL_SHARE * running_blocks)
     if blocks < 1:
         raise OutOfMemoryAtStartError(
             f"keys and values of one block need {block_bytes} bytes and {kv_bytes} are allowed; "

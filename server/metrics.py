@@ -91,6 +91,14 @@ class Metrics:
         self._batch_adapters = self._histogram(
             "batch_adapters", "Different adapters in a step, the base not counted", _ADAPTERS
         )
+        self._prefix_queries = self._counter(
+            "prefix_cache_queries", "Prompt tokens that were looked for in the prefix cache"
+        )
+        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens that were found there")
+        self._preemptions = self._counter(
+            "preemptions", "Sequences that had to give up their key-value blocks for a while"
+        )
+        self._preemptions_seen = 0
         self._running = self._gauge("requests_running", "Requests in the batch")
         self._waiting = self._gauge("requests_waiting", "Requests in the queue")
         self._kv_used = self._gauge("kv_blocks_used_ratio", "Part of the key-value blocks in use, 0 to 1")
@@ -175,6 +183,16 @@ class Metrics:
         self._step.labels(phase).observe(seconds)
         self._batch_size.observe(batch_size)
         self._batch_adapters.observe(batch_adapters)
+
+    def count_prefix_cache(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """A prompt was computed but for its cached tokens."""
+        self._prefix_queries.inc(prompt_tokens)
+        self._prefix_hits.inc(cached_tokens)
+
+    def count_preemptions(self, total: int) -> None:
+        """So many preemptions since start; called by the engine's thread alone."""
+        self._preemptions.inc(total - self._preemptions_seen)
+        self._preemptions_seen = total
 
     def set_engine_gauges(self, running: int, waiting: int, kv_used_ratio: float) -> None:
         self._running.set(running)

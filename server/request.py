@@ -2,8 +2,13 @@
 
 import enum
 from dataclasses import dataclass, field
+from typing import Final
 
 from server.errors import InvalidRequestError, ServerError
+
+MAX_PRIORITY: Final = 10
+MAX_ADAPTER_SCALE: Final = 16.0
+_MAX_SALT_CHARACTERS: Final = 256
 
 
 class FinishReason(enum.Enum):
@@ -96,14 +101,35 @@ class Request:
 
     Attributes:
         adapter: None for the base.
+        adapter_scale: multiplies the adapter's update.
+        n: answers wanted, each with random numbers of its own.
+        priority: larger goes first.
+        cache_salt: keys and values are shared only with requests of the same salt.
         deadline_s: absolute time on time.monotonic(), None for none.
+
+    Raises:
+        InvalidRequestError: a value is out of its range.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     adapter: AdapterIdentity | None = None
+    adapter_scale: float = 1.0
+    n: int = 1
+    priority: int = 0
+    cache_salt: str = ""
     deadline_s: float | None = None
+
+    def __post_init__(self) -> None:
+        _require_range("adapter_scale", self.adapter_scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
+        _require(self.n >= 1, "sampling.n", f"is {self.n}, must be at least 1")
+        _require_range("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        _require(
+            len(self.cache_salt) <= _MAX_SALT_CHARACTERS,
+            "cache_salt",
+            f"has {len(self.cache_salt)} characters, at most {_MAX_SALT_CHARACTERS} are allowed",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +153,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The first token was computed; always the first event."""
+    """The first token of the first answer was computed; always the first event."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -136,27 +162,32 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New text and tokens; text may be empty while a character is incomplete or a stop string is possible."""
+    """New text and tokens of one of the request's answers.
+
+    Text may be empty while a character is incomplete or a stop string is possible.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The sequence ended well; always the last event if it comes."""
+    """One of the request's answers is complete; the last event, once every answer has had it."""
 
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     timings: Timings
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The sequence ended with an error; always the last event if it comes."""
+    """The request ended with an error, every answer of it; always the last event if it comes."""
 
     error: ServerError
 

@@ -5,6 +5,7 @@ T tokens of the batch, S rows that need logits, V vocabulary.
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -61,10 +62,8 @@ class ModelRunner:
     def run(self, batch: Batch) -> Tensor:
         """Computes a batch and returns float32 logits [S, V] of its sampling rows, in order."""
         token_ids, positions, sample_rows = _flatten(batch)
-        self.slots.routing.segments = _segments((row.sequence.slot, row.count) for row in batch.rows)
-        self.slots.head_routing.segments = _segments(
-            (row.sequence.slot, 1) for row in batch.rows if row.samples
-        )
+        self.slots.routing.segments = _segments((*row.route, row.count) for row in batch.rows)
+        self.slots.head_routing.segments = _segments((*row.route, 1) for row in batch.rows if row.samples)
         output = self._model(
             input_ids=self._tensor(token_ids)[None],
             position_ids=self._tensor(positions)[None],
@@ -141,16 +140,15 @@ def _flatten(batch: Batch) -> tuple[list[int], list[int], list[int]]:
     return token_ids, positions, sample_rows
 
 
-def _segments(slot_counts: Iterable[tuple[int, int]]) -> Segments:
-    """Neighbouring tokens of one adapter as one segment; the base needs none."""
+def _segments(routes: Iterable[tuple[int, float, int]]) -> Segments:
+    """Slot, scale and number of tokens to segments: neighbours of one route are one; the base needs none."""
     segments: list[Segment] = []
     position = 0
-    for slot, count in slot_counts:
-        if slot and segments and segments[-1].slot == slot and segments[-1].end == position:
-            segments[-1] = Segment(segments[-1].start, position + count, slot)
-        elif slot:
-            segments.append(Segment(position, position + count, slot))
-        position += count
+    for (slot, scale), group in groupby(routes, key=lambda route: route[:2]):
+        end = position + sum(count for _, _, count in group)
+        if slot:
+            segments.append(Segment(position, end, slot, scale))
+        position = end
     return Segments(segments)
 
 

@@ -38,9 +38,9 @@ class Choice:
     logprob: TokenLogprob | None
 
 
-def uniform_of(seed: int, step: int) -> float:
-    """The random number of a request's step: a function of its seed alone, whatever else runs."""
-    return random.Random(f"{seed}/{step}").random()  # noqa: S311  # reproducible sampling, not a secret
+def uniform_of(seed: int, answer: int, step: int) -> float:
+    """The random number of an answer's step: a function of the request's seed alone, whatever else runs."""
+    return random.Random(f"{seed}/{answer}/{step}").random()  # noqa: S311  # reproducible sampling, not a secret
 
 
 def sample(logits_SV: Tensor, rows: Items[SampleRow]) -> list[Choice]:

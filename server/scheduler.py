@@ -1,15 +1,20 @@
 """Decides what the next step computes: waiting → running → Batch. Knows neither torch nor grpc.
 
-Decoding sequences go first, one token each; the rest of the token budget goes to chunks of prompts, oldest
-first. A sequence is admitted when cache blocks for its whole length and a slot for its adapter are there, so
-that nothing admitted ever has to be thrown out again.
+Decoding sequences go first, one token each; the rest of the token budget goes to chunks of prompts. A
+sequence is admitted when its adapter is on the device and there are blocks for the tokens it has; it gets
+more as it grows. When none are left, the running sequence that is least urgent and youngest goes back to the
+queue, and computes again later what is not in the prefix cache by then.
 """
 
-from collections import deque
+from collections.abc import Sequence as Items
+from collections.abc import Set
 from typing import Protocol
 
 from server.batch import Batch, Row, arranged
 from server.blocks import BlockPool
+from server.fairness import FairShare
+from server.prefix import BlockKey, PrefixChain
+from server.queue import WaitingQueue
 from server.sequence import Phase, Sequence
 
 
@@ -25,6 +30,9 @@ class AdapterGate(Protocol):
     def release(self, digest: str) -> None:
         """Gives one reference back."""
 
+    def in_the_way(self, digest: str, order: Items[str]) -> Set[str]:
+        """Adapters in use that have to go before this one fits, chosen in this order."""
+
 
 class Scheduler:
     """Holds every unfinished sequence. All methods belong to the engine's thread."""
@@ -37,29 +45,47 @@ class Scheduler:
         max_running: int,
         max_batch_tokens: int,
         prefill_chunk_tokens: int,
+        priority_aging_s: float = 10.0,
+        prefix_cache: bool = True,
     ) -> None:
         """
         Args:
             max_running: sequences with cache blocks at one time.
             max_batch_tokens: tokens of one step; at least max_running, so that every decode fits.
             prefill_chunk_tokens: tokens of one prompt in one step.
+            priority_aging_s: waiting so long is worth one priority.
+            prefix_cache: whether full blocks are kept for others that begin alike.
         """
         if max_batch_tokens < max_running:
             raise ValueError(f"max_batch_tokens {max_batch_tokens} is below max_running {max_running}")
         self.blocks = blocks
-        self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._shares = FairShare()
+        self.waiting = WaitingQueue(self._shares, priority_aging_s)
         self._adapters = adapters
         self._max_running = max_running
         self._max_batch_tokens = max_batch_tokens
         self._prefill_chunk_tokens = prefill_chunk_tokens
+        self._prefix_cache = prefix_cache
+        self._next_number = 0
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence; it will leave through `finish`."""
-        self.waiting.append(sequence)
+        sequence.number = self._next_number
+        self._next_number += 1
+        if self._prefix_cache:
+            request = sequence.request
+            sequence.chain = PrefixChain(
+                sequence.client, request.adapter_scale, request.cache_salt, self.blocks.block_tokens
+            )
+        self._shares.join(sequence.client)
+        sequence.phase = Phase.WAITING
+        self.waiting.push(sequence)
 
     def next_batch(self, now_s: float) -> Batch | None:
         """The next step's rows, or None if nothing can run now."""
+        self._grow()
         self._admit(now_s)
         rows = [Row(s, s.computed, 1) for s in self.running if s.pending == 1]
         budget = self._max_batch_tokens - len(rows)
@@ -75,17 +101,37 @@ class Scheduler:
         for row in batch.rows:
             row.sequence.computed = row.start + row.count
 
-    def finish(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and gives back its blocks and its adapter."""
+    def accepted(self, sequence: Sequence) -> None:
+        """Records that the newest token came from finite logits: what led to it may serve others too."""
+        self._shares.charge(sequence.client, answer_tokens=1)
+        full = sequence.computed // self.blocks.block_tokens
+        if sequence.chain is None or full == sequence.published:
+            return
+        keys = sequence.chain.keys(sequence.token_ids, full)
+        for index in range(sequence.published, full):
+            self.blocks.publish(sequence.blocks[index], keys[index])
+        sequence.published = full
+
+    def finish(self, sequence: Sequence, *, spoiled: bool = False) -> list[int]:
+        """Takes a sequence out, wherever it is, and gives back its blocks and its adapter.
+
+        Args:
+            spoiled: its keys and values may be wrong, so that nobody may use them again.
+
+        Returns:
+            Blocks that are empty now.
+        """
+        emptied: list[int] = []
         if sequence.phase is Phase.WAITING:
             self.waiting.remove(sequence)
         elif sequence.phase is Phase.RUNNING:
-            self.running.remove(sequence)
-            self.blocks.free(sequence.blocks)
-            sequence.blocks = []
-            if sequence.digest is not None:
-                self._adapters.release(sequence.digest)
+            if spoiled:
+                self.blocks.forget(sequence.blocks)
+            emptied = self._stop(sequence)
+        if sequence.phase in (Phase.WAITING, Phase.RUNNING):
+            self._shares.leave(sequence.client)
         sequence.phase = Phase.FINISHED
+        return emptied
 
     def unfinished(self) -> list[Sequence]:
         """Every sequence that is running or waiting."""
@@ -95,17 +141,58 @@ class Scheduler:
         """Sequences that cannot start before this adapter is on the device."""
         return [sequence for sequence in self.waiting if sequence.digest == digest]
 
+    # Running
+
+    def _grow(self) -> None:
+        """Gives every running sequence a block for its newest token; those that get none go back."""
+        for sequence in sorted(self.running, key=_urgency):
+            while sequence.phase is Phase.RUNNING and self._lacks_block(sequence):
+                fresh = self.blocks.allocate(1)
+                if fresh is None:
+                    self._preempt(max(self.running, key=_urgency))
+                else:
+                    sequence.blocks += fresh
+
+    def _lacks_block(self, sequence: Sequence) -> bool:
+        return len(sequence.blocks) < self.blocks.blocks_for(len(sequence.token_ids))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop(sequence)
+        sequence.phase, sequence.computed, sequence.published = Phase.WAITING, 0, 0
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self.waiting.push(sequence)
+
+    def _stop(self, sequence: Sequence) -> list[int]:
+        self.running.remove(sequence)
+        emptied = self.blocks.release(sequence.blocks)
+        sequence.blocks = []
+        if sequence.digest is not None:
+            self._adapters.release(sequence.digest)
+        return emptied
+
+    # Admission
+
     def _admit(self, now_s: float) -> None:
-        for sequence in list(self.waiting):
-            if len(self.running) >= self._max_running:
-                return
-            if self.blocks.blocks_for(sequence.max_total_tokens) > self.blocks.free_blocks:
-                return  # in order: a long request must not starve behind short ones
+        passed: set[str] = set()  # adapters that cannot start a sequence now
+        blocked = False
+        while (sequence := self.waiting.best(now_s, passed)) is not None:
             slot = self._slot_for(sequence, now_s)
-            if slot is not None:
-                self._start(sequence, slot, now_s)
-            elif not self._adapters.is_loading(sequence.digest or ""):
-                return  # no room for its adapter until others finish: later ones must not keep it out
+            if slot is None:
+                passed.add(sequence.client)
+                if not blocked and not self._adapters.is_loading(sequence.client):
+                    # No room for its adapter: some in use take no more requests until theirs have ended.
+                    passed |= self._adapters.in_the_way(sequence.client, self._by_service())
+                    blocked = True
+            elif not self._start(sequence, slot, now_s):
+                if sequence.digest is not None:
+                    self._adapters.release(sequence.digest)
+                return  # a long request must not starve behind short ones
+
+    def _by_service(self) -> list[str]:
+        """Adapters in use, the one that had most service first."""
+        used = {sequence.client for sequence in self.running}
+        return sorted(used, key=self._shares.served, reverse=True)
 
     def _slot_for(self, sequence: Sequence, now_s: float) -> int | None:
         if sequence.digest is None:
@@ -114,13 +201,55 @@ class Scheduler:
         if slot is None and sequence.adapter_wait_began_s is None:
             sequence.adapter_wait_began_s = now_s
         if slot is not None and sequence.adapter_wait_began_s is not None:
-            sequence.adapter_wait_s = now_s - sequence.adapter_wait_began_s
+            sequence.adapter_wait_s += now_s - sequence.adapter_wait_began_s
+            sequence.adapter_wait_began_s = None
         return slot
 
-    def _start(self, sequence: Sequence, slot: int, now_s: float) -> None:
-        blocks = self.blocks.allocate(sequence.max_total_tokens)
-        assert blocks is not None, "admission checked that they are free"
-        sequence.slot, sequence.blocks = slot, blocks
-        sequence.phase, sequence.admitted_s = Phase.RUNNING, now_s
+    def _start(self, sequence: Sequence, slot: int, now_s: float) -> bool:
+        """Moves a waiting sequence to the running ones, if there is or can be made a place."""
+        while not self._place(sequence):
+            victim = max(self.running, key=_urgency, default=None)
+            if victim is None or victim.urgency >= sequence.request.priority:
+                return False
+            self._preempt(victim)
+        sequence.slot, sequence.phase = slot, Phase.RUNNING
+        sequence.urgency = self.waiting.aged_priority(sequence, now_s)
+        if sequence.admitted_s is None:
+            sequence.admitted_s = now_s
+            sequence.cached_tokens = sequence.computed
+            uncached = sequence.prompt_length - sequence.computed
+            self._shares.charge(sequence.client, prompt_tokens=uncached)
         self.waiting.remove(sequence)
         self.running.append(sequence)
+        return True
+
+    def _place(self, sequence: Sequence) -> bool:
+        """Takes blocks for the tokens a sequence has; False, and nothing taken, if they are not there.
+
+        One block per running sequence stays free, so that the next steps do not throw out whom this lets in.
+        """
+        if len(self.running) >= self._max_running:
+            return False
+        shared = self.blocks.share(self._known_keys(sequence))
+        missing = self.blocks.blocks_for(len(sequence.token_ids)) - len(shared)
+        if missing + len(self.running) > self.blocks.free_blocks:
+            self.blocks.release(shared)
+            return False
+        fresh = self.blocks.allocate(missing)
+        assert fresh is not None, "just seen to be free"
+        sequence.blocks = shared + fresh
+        sequence.computed = len(shared) * self.blocks.block_tokens
+        sequence.published = len(shared)
+        return True
+
+    def _known_keys(self, sequence: Sequence) -> list[BlockKey]:
+        """Keys of its full blocks, without the newest token: that one must be computed to go on from."""
+        if sequence.chain is None:
+            return []
+        full = (len(sequence.token_ids) - 1) // self.blocks.block_tokens
+        return sequence.chain.keys(sequence.token_ids, full)
+
+
+def _urgency(sequence: Sequence) -> tuple[int, int]:
+    """Small for what must go on, large for what can wait."""
+    return -sequence.urgency, sequence.number

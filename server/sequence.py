@@ -3,12 +3,14 @@
 import enum
 from dataclasses import dataclass, field
 
+from server.prefix import PrefixChain
 from server.request import FinishReason, Request
 
 
 class Phase(enum.Enum):
-    """Where a sequence is; FINISHED is for ever."""
+    """Where a sequence is; NEW ones are not queued yet, FINISHED is for ever."""
 
+    NEW = "new"
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -16,24 +18,36 @@ class Phase(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Mutable state of one request, owned by the engine's thread.
+    """Mutable state of one of a request's answers, owned by the engine's thread.
 
     Attributes:
+        number: by age; given by the scheduler.
         token_ids: prompt, then answer.
         computed: so many leading tokens have their keys and values in the cache.
+        cached_tokens: so many of the prompt were there already when it was first admitted.
         blocks: indices of its cache blocks, in order of position.
+        published: so many leading blocks are known to the prefix cache, or came from it.
+        preemptions: how often it had to give its blocks up.
+        chain: keys of its blocks; None without a prefix cache.
         slot: adapter slot while RUNNING; 0 is the base.
-        submitted_s, admitted_s: on time.monotonic().
+        urgency: its priority and what waiting added to it, as of its admission.
+        submitted_s, admitted_s: on time.monotonic(); admitted for the first time.
     """
 
     request: Request
     max_total_tokens: int
     submitted_s: float
+    number: int = 0
     token_ids: list[int] = field(init=False)
     computed: int = 0
+    cached_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
+    published: int = 0
+    preemptions: int = 0
+    chain: PrefixChain | None = None
     slot: int = 0
-    phase: Phase = Phase.WAITING
+    urgency: int = 0
+    phase: Phase = Phase.NEW
     adapter_wait_s: float = 0.0
     adapter_wait_began_s: float | None = None
     admitted_s: float | None = None
@@ -45,6 +59,11 @@ class Sequence:
     def digest(self) -> str | None:
         """Content digest of its adapter; None for the base."""
         return self.request.adapter.digest if self.request.adapter else None
+
+    @property
+    def client(self) -> str:
+        """Whose share of the engine it uses: its adapter's digest, empty for the base."""
+        return self.digest or ""
 
     @property
     def prompt_length(self) -> int:

@@ -8,24 +8,29 @@ from server.request import Delta, Failed, Finished, TokenEvent
 
 
 class RequestStream:
-    """Async iterator over a request's events; the last is Finished or Failed.
+    """Async iterator over a request's events; the last is Failed, or Finished of the last of its answers.
 
     Lives in one event loop: only `cancel` may be called from another thread. A slow reader costs at most the
-    request's own tokens, since consecutive deltas are merged while nobody reads them.
+    request's own tokens, since consecutive deltas of an answer are merged while nobody reads them.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_cancel: Callable[[], None]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, on_cancel: Callable[[], None], answers: int = 1
+    ) -> None:
         self.loop = loop
         self._on_cancel = on_cancel
+        self._unfinished = answers
         self._mailbox: deque[TokenEvent] = deque()
         self._arrived = asyncio.Event()
         self._ended = False
 
     def put(self, event: TokenEvent) -> None:
         """Adds an event; called in the loop's thread only."""
-        if isinstance(event, Delta) and self._mailbox and isinstance(self._mailbox[-1], Delta):
-            event = _merged(self._mailbox.pop(), event)
-        self._mailbox.append(event)
+        last = self._mailbox[-1] if self._mailbox else None
+        if isinstance(event, Delta) and isinstance(last, Delta) and last.index == event.index:
+            self._mailbox[-1] = _merged(last, event)
+        else:
+            self._mailbox.append(event)
         self._arrived.set()
 
     def cancel(self) -> None:
@@ -42,14 +47,15 @@ class RequestStream:
             self._arrived.clear()
             await self._arrived.wait()
         event = self._mailbox.popleft()
-        self._ended = isinstance(event, Finished | Failed)
+        self._unfinished -= isinstance(event, Finished)
+        self._ended = isinstance(event, Failed) or not self._unfinished
         return event
 
 
-def _merged(first: TokenEvent, second: Delta) -> Delta:
-    assert isinstance(first, Delta)
+def _merged(first: Delta, second: Delta) -> Delta:
     return Delta(
         text=first.text + second.text,
         token_ids=first.token_ids + second.token_ids,
         logprobs=first.logprobs + second.logprobs,
+        index=first.index,
     )

@@ -51,13 +51,12 @@ QC_INLINE void shrink_block(const Weight *a, int64_t in, const float *x, int64_t
 }
 
 template <typename Weight>
-void shrink(const qc_factors &factors, int64_t in, const float *x, int64_t ldx, int rows, int rank_from, int ranks,
-            float *shrunk) {
+void shrink(const qc_factors &factors, float scaling, int64_t in, const float *x, int64_t ldx, int rows,
+            int rank_from, int ranks, float *shrunk) {
   const int64_t ld = factors.rank;
   for (int j = 0; j < ranks;) {
     const Weight *a = (const Weight *)factors.a + (rank_from + j) * in;
     float *place = shrunk + rank_from + j;
-    const float scaling = factors.scaling;
     if (rows == 4 && ranks - j >= 4) {
       shrink_block<4, 4>(a, in, x, ldx, scaling, place, ld);
       j += 4;
@@ -126,7 +125,8 @@ struct LoraBlock {
   const qc_factors *factors;
   const qc_linear *linear;
   int64_t row, shrunk, column;  // of x and y; in the shrunk rows; where the part begins in y
-  int32_t rows, unused;
+  int32_t rows;
+  float scaling;  // of the factors, times that of the segment
 };
 
 // The blocks of a step, and how finely each is cut.
@@ -158,7 +158,7 @@ QC_INLINE LoraWork plan_lora(const qc_linear *const *parts, int part_count, cons
       most_rank = larger(most_rank, factors->rank);
       for (int64_t row = segments[s].start; row < segments[s].end; row += kLoraRows) {
         const int rows = (int)smaller(kLoraRows, segments[s].end - row);
-        blocks[count++] = {factors, parts[p], row, shrunk, column, rows, 0};
+        blocks[count++] = {factors, parts[p], row, shrunk, column, rows, factors->scaling * segments[s].scale};
         shrunk += (int64_t)rows * factors->rank;
       }
     }
@@ -178,8 +178,8 @@ QC_INLINE void shrink_piece(const LoraWork &work, int64_t piece, const float *x,
   const float *xs = x + block.row * ldx;
   float *place = shrunk + block.shrunk;
   block.factors->type == QC_BF16
-      ? shrink<uint16_t>(*block.factors, block.linear->in, xs, ldx, block.rows, from, to - from, place)
-      : shrink<float>(*block.factors, block.linear->in, xs, ldx, block.rows, from, to - from, place);
+      ? shrink<uint16_t>(*block.factors, block.scaling, block.linear->in, xs, ldx, block.rows, from, to - from, place)
+      : shrink<float>(*block.factors, block.scaling, block.linear->in, xs, ldx, block.rows, from, to - from, place);
 }
 
 QC_INLINE void expand_piece(const LoraWork &work, int64_t piece, const float *shrunk, float *y, int64_t ldy) {

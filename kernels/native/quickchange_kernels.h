@@ -43,9 +43,10 @@ typedef struct {
   int32_t group;  // NF4: columns per scale, 8, 16, 32 or 64, a divisor of D
 } qc_linear;
 
-// Rows [start, end) use the adapter in `slot`. Segments are disjoint; rows outside them have none.
+// Rows [start, end) use the adapter in `slot`, its update times `scale`. Disjoint; rows outside have none.
 typedef struct {
   int32_t start, end, slot;
+  float scale;
 } qc_segment;
 
 // Where each row of a step stands in its own sequence, and where that sequence's keys and values lie.

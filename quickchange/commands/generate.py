@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
   quickchange generate "The capital of France is"
   quickchange generate --adapter sql@3 --stream "List all users"
+  quickchange generate --n 4 --temperature 0.8 --seed 1 "Once upon a time"
   quickchange generate --adapter sql:prod --chat --system "Answer in SQL." "List all users"
   cat prompt.txt | quickchange generate --max-new-tokens 64 --json -"""
 
@@ -38,6 +39,9 @@ def add_parser(subparsers: "Subparsers") -> None:
         help="report each token's log-probability and N alternatives (with --json)",
     )
     parser.add_argument("--echo", action="store_true", help="print the prompt before the answer")
+    parser.add_argument(
+        "--n", type=int, default=1, metavar="N", help="so many answers; give a --temperature (1)"
+    )
     parser.add_argument("--chat", action="store_true", help="PROMPT is a user's message in a chat")
     parser.add_argument("--system", metavar="TEXT", help="the system's message before it (with --chat)")
     parser.add_argument("--stream", action="store_true", help="print the answer as it is produced")
@@ -52,6 +56,13 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         metavar="REF",
         help="who answers: name, name@version, name:alias or sha256:… (default: the base)",
+    )
+    parser.add_argument(
+        "--adapter-scale", type=float, metavar="X", help="multiplies what the adapter changes (1)"
+    )
+    parser.add_argument("--priority", type=int, metavar="P", help="-10 to 10, larger goes first (0)")
+    parser.add_argument(
+        "--cache-salt", metavar="TEXT", help="share cached prompts only with requests of the same salt"
     )
     group = parser.add_argument_group("sampling", "what is left out is the server's default")
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (256)")
@@ -105,15 +116,22 @@ def _standard_input() -> str:
 
 
 def _print_answer(client: "Client", prompt: Prompt, args: argparse.Namespace) -> None:
-    answer = client.generate(prompt, retries=args.retries, **sampling_options(args))
+    if args.n == 1:
+        answer = client.generate(prompt, retries=args.retries, **sampling_options(args))
+        print_json(answer) if args.json else print(answer.text)
+        return
+    answers = client.generate_many(prompt, args.n, retries=args.retries, **sampling_options(args))
     if args.json:
-        print_json(answer)
-    else:
-        print(answer.text)
+        print_json(answers)
+        return
+    for answer in answers:
+        print(f"[{answer.index}] {answer.text}")
 
 
 def _print_stream(client: "Client", prompt: Prompt, args: argparse.Namespace) -> None:
-    with client.stream(prompt, retries=args.retries, **sampling_options(args)) as stream:
+    if args.n != 1 and not args.json:
+        raise CommandError("--stream prints one answer; leave --n out, or add --json", MISUSED)
+    with client.stream(prompt, n=args.n, retries=args.retries, **sampling_options(args)) as stream:
         if args.json:
             for event in interruptible(stream):
                 print_json_line({"event": type(event).__name__.lower()} | plain(event))

@@ -126,7 +126,7 @@ class SamplingParams(google.protobuf.message.Message):
     seed: builtins.int
     """The same seed, prompt and adapter give the same answer whatever else runs."""
     n: builtins.int
-    """Number of answers; more than one is not supported yet and is refused."""
+    """Number of answers, each drawn with random numbers of its own; default 1."""
     def __init__(
         self,
         *,
@@ -261,11 +261,11 @@ class GenerateRequest(google.protobuf.message.Message):
     """Empty for the base, or "name", "name@version", "name:alias", "sha256:…"."""
     text: builtins.str
     priority: builtins.int
-    """Only 0 is supported yet."""
+    """-10 to 10, larger goes first; default 0. Waiting raises it, so that nothing starves."""
     cache_salt: builtins.str
-    """Separates tenants in caches of prompts."""
+    """Separates tenants in caches of prompts: only requests of equal salt share keys and values."""
     adapter_scale: builtins.float
-    """Only 1 is supported yet."""
+    """Multiplies the adapter's update, -16 to 16; default 1. 0 answers as the base does."""
     @property
     def token_ids(self) -> Global___TokenIds: ...
     @property
@@ -524,6 +524,8 @@ Global___Finished: typing_extensions.TypeAlias = Finished
 
 @typing.final
 class GenerateResponse(google.protobuf.message.Message):
+    """All answers; usage and timings of the request as a whole."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: builtins.int
@@ -565,6 +567,8 @@ class Completion(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     FINISH_REASON_FIELD_NUMBER: builtins.int
+    USAGE_FIELD_NUMBER: builtins.int
+    TIMINGS_FIELD_NUMBER: builtins.int
     index: builtins.int
     text: builtins.str
     finish_reason: Global___FinishReason.ValueType
@@ -572,6 +576,12 @@ class Completion(google.protobuf.message.Message):
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]: ...
+    @property
+    def usage(self) -> Global___Usage:
+        """Of this answer alone."""
+
+    @property
+    def timings(self) -> Global___Timings: ...
     def __init__(
         self,
         *,
@@ -580,8 +590,12 @@ class Completion(google.protobuf.message.Message):
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         logprobs: collections.abc.Iterable[Global___TokenLogprob] | None = ...,
         finish_reason: Global___FinishReason.ValueType = ...,
+        usage: Global___Usage | None = ...,
+        timings: Global___Timings | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["timings", b"timings", "usage", b"usage"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Completion: typing_extensions.TypeAlias = Completion

@@ -1,7 +1,8 @@
 """Messages of the wire to our own values and back. Does no work and keeps no state."""
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
@@ -9,12 +10,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from adapters.facts import AdapterFacts, AdapterRecord
 from quickchange.v1 import adapters_pb2, inference_pb2
-from server.errors import InvalidRequestError, UnsupportedFeatureError
+from server.errors import InvalidRequestError
 from server.request import (
     AdapterIdentity,
     Delta,
     Finished,
     FinishReason,
+    Request,
     SamplingParams,
     Started,
     Timings,
@@ -47,26 +49,34 @@ def request_id_of(request: inference_pb2.GenerateRequest) -> str:
     return given
 
 
-def refuse_unsupported(request: inference_pb2.GenerateRequest) -> None:
-    """
+def request_of(
+    message: inference_pb2.GenerateRequest,
+    request_id: str,
+    prompt_token_ids: tuple[int, ...],
+    identity: AdapterIdentity | None,
+    *,
+    room_tokens: int,
+    deadline_s: float | None,
+) -> Request:
+    """What the caller wants of the engine.
+
+    Args:
+        room_tokens: what the context leaves for the answer; bounds the default, not the caller's own number.
+
     Raises:
-        UnsupportedFeatureError: a field asks for what this version does not do.
-        InvalidRequestError: no version could do it.
+        InvalidRequestError: a value is out of its range.
     """
-    if request.sampling.HasField("n") and request.sampling.n != 1:
-        if request.sampling.n == 0:
-            raise InvalidRequestError("sampling.n", "is 0, must be at least 1")
-        raise UnsupportedFeatureError(
-            f"sampling.n: is {request.sampling.n}, only 1 is supported; send the request several times, "
-            "each with its own seed"
-        )
-    if request.priority:
-        raise UnsupportedFeatureError(f"priority: is {request.priority}, only 0 is supported")
-    if request.HasField("adapter_scale") and request.adapter_scale != 1.0:
-        raise UnsupportedFeatureError(
-            f"adapter_scale: is {request.adapter_scale:g}, only 1 is supported; "
-            "upload the adapter with another lora_alpha"
-        )
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=prompt_token_ids,
+        sampling=sampling_of(message, room_tokens),
+        adapter=identity,
+        adapter_scale=message.adapter_scale if message.HasField("adapter_scale") else 1.0,
+        n=message.sampling.n if message.sampling.HasField("n") else 1,
+        priority=message.priority,
+        cache_salt=message.cache_salt,
+        deadline_s=deadline_s,
+    )
 
 
 def sampling_of(request: inference_pb2.GenerateRequest, room_tokens: int) -> SamplingParams:
@@ -114,12 +124,17 @@ def started(event: Started, request_id: str, identity: AdapterIdentity | None) -
 
 
 def delta(event: Delta) -> inference_pb2.Delta:
-    return inference_pb2.Delta(text=event.text, token_ids=event.token_ids, logprobs=logprobs(event.logprobs))
+    return inference_pb2.Delta(
+        index=event.index, text=event.text, token_ids=event.token_ids, logprobs=logprobs(event.logprobs)
+    )
 
 
 def finished(event: Finished) -> inference_pb2.Finished:
     return inference_pb2.Finished(
-        finish_reason=finish_reason(event), usage=usage(event), timings=timings(event.timings)
+        index=event.index,
+        finish_reason=finish_reason(event),
+        usage=usage(event),
+        timings=timings(event.timings),
     )
 
 
@@ -133,6 +148,22 @@ def usage(event: Finished) -> inference_pb2.Usage:
         completion_tokens=event.completion_tokens,
         cached_tokens=event.cached_tokens,
     )
+
+
+def total_usage(ends: Sequence[Finished]) -> inference_pb2.Usage:
+    """Of a request with several answers: its prompt counts once, as the first of them found it."""
+    first = min(ends, key=lambda end: end.index)
+    return inference_pb2.Usage(
+        prompt_tokens=first.prompt_tokens,
+        completion_tokens=sum(end.completion_tokens for end in ends),
+        cached_tokens=first.cached_tokens,
+    )
+
+
+def total_timings(ends: Sequence[Finished]) -> inference_pb2.Timings:
+    """Of a request with several answers: the first one's, and the time until the last one's end."""
+    first = min(ends, key=lambda end: end.index)
+    return timings(replace(first.timings, total_s=max(end.timings.total_s for end in ends)))
 
 
 def timings(values: Timings) -> inference_pb2.Timings:

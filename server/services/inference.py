@@ -19,7 +19,6 @@ from server.request import (
     Delta,
     Failed,
     Finished,
-    Request,
     Started,
     TokenEvent,
 )
@@ -42,6 +41,7 @@ class _Call:
     request_id: str
     identity: AdapterIdentity | None
     echo: str
+    answers: int
     stream: RequestStream
 
 
@@ -95,17 +95,18 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _submit(self, request: inference_pb2.GenerateRequest, context: Context) -> _Call:
         """The request, once the engine has it: nothing to release before that, no wait after it."""
         try:
-            convert.refuse_unsupported(request)
+            self._engine.check_open()
             request_id = convert.request_id_of(request)
             async with self._catalogue.preparing(request.adapter) as record:
                 prompt = await self._encode(request, record, with_text=request.output.echo)
                 identity = convert.identity_of(record)
                 stream = self._engine.submit(
-                    Request(
-                        request_id=request_id,
-                        prompt_token_ids=prompt.token_ids,
-                        sampling=convert.sampling_of(request, self._room_after(prompt)),
-                        adapter=identity,
+                    convert.request_of(
+                        request,
+                        request_id,
+                        prompt.token_ids,
+                        identity,
+                        room_tokens=self._engine.max_context_tokens - len(prompt.token_ids),
                         deadline_s=_deadline_of(context),
                     )
                 )
@@ -118,10 +119,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             identity.digest if identity else "base",
             len(prompt.token_ids),
         )
-        return _Call(request_id, identity, prompt.text if request.output.echo else "", stream)
-
-    def _room_after(self, prompt: EncodedPrompt) -> int:
-        return self._engine.max_context_tokens - len(prompt.token_ids)
+        answers = request.sampling.n if request.sampling.HasField("n") else 1
+        return _Call(request_id, identity, prompt.text if request.output.echo else "", answers, stream)
 
     async def _encode(
         self, request: Prompt, record: AdapterRecord | None, *, with_text: bool
@@ -146,28 +145,35 @@ def _deadline_of(context: Context) -> float | None:
 
 
 async def _collect(call: _Call) -> inference_pb2.GenerateResponse:
-    completion = inference_pb2.Completion()
-    texts = [call.echo]
+    texts = [[call.echo] for _ in range(call.answers)]
+    response = inference_pb2.GenerateResponse(
+        request_id=call.request_id,
+        adapter=convert.resolved(call.identity),
+        completions=[inference_pb2.Completion(index=index) for index in range(call.answers)],
+    )
+    ends: list[Finished] = []
     async for event in call.stream:
         match event:
             case Delta():
-                texts.append(event.text)
+                texts[event.index].append(event.text)
+                completion = response.completions[event.index]
                 completion.token_ids.extend(event.token_ids)
                 completion.logprobs.extend(convert.logprobs(event.logprobs))
             case Finished():
                 _log_end(call, event)
-                completion.text = "".join(texts)
+                ends.append(event)
+                completion = response.completions[event.index]
+                completion.text = "".join(texts[event.index])
                 completion.finish_reason = convert.finish_reason(event)
-                return inference_pb2.GenerateResponse(
-                    request_id=call.request_id,
-                    adapter=convert.resolved(call.identity),
-                    completions=[completion],
-                    usage=convert.usage(event),
-                    timings=convert.timings(event.timings),
-                )
+                completion.usage.CopyFrom(convert.usage(event))
+                completion.timings.CopyFrom(convert.timings(event.timings))
             case Failed():
                 raise event.error
-    raise RequestFailedError("the stream ended without a last event")
+    if len(ends) != call.answers:
+        raise RequestFailedError("the stream ended without a last event")
+    response.usage.CopyFrom(convert.total_usage(ends))
+    response.timings.CopyFrom(convert.total_timings(ends))
+    return response
 
 
 def _messages_of(event: TokenEvent, call: _Call) -> Iterator[inference_pb2.GenerateStreamResponse]:
@@ -175,8 +181,10 @@ def _messages_of(event: TokenEvent, call: _Call) -> Iterator[inference_pb2.Gener
         case Started():
             started = convert.started(event, call.request_id, call.identity)
             yield inference_pb2.GenerateStreamResponse(started=started)
-            if call.echo:
-                yield inference_pb2.GenerateStreamResponse(delta=inference_pb2.Delta(text=call.echo))
+            for index in range(call.answers if call.echo else 0):
+                yield inference_pb2.GenerateStreamResponse(
+                    delta=inference_pb2.Delta(index=index, text=call.echo)
+                )
         case Delta():
             yield inference_pb2.GenerateStreamResponse(delta=convert.delta(event))
         case Finished():
@@ -188,11 +196,13 @@ def _messages_of(event: TokenEvent, call: _Call) -> Iterator[inference_pb2.Gener
 
 def _log_end(call: _Call, event: Finished) -> None:
     log.info(
-        "request finished request_id=%s adapter=%s reason=%s tokens=%d seconds=%.3f",
+        "request finished request_id=%s answer=%d adapter=%s reason=%s tokens=%d cached=%d seconds=%.3f",
         call.request_id,
+        event.index,
         call.identity.digest if call.identity else "base",
         event.reason.value,
         event.completion_tokens,
+        event.cached_tokens,
         event.timings.total_s,
     )
 

@@ -18,7 +18,6 @@ from quickchange import (
     InvalidArgumentError,
     NotFoundError,
     Started,
-    UnimplementedError,
 )
 from quickchange.errors import from_rpc
 from quickchange.v1 import inference_pb2, inference_pb2_grpc
@@ -219,11 +218,50 @@ def test_no_prompt_at_all_is_refused(server: ServerProcess, client: Client) -> N
         with pytest.raises(grpc.RpcError) as caught:
             stub.Generate(inference_pb2.GenerateRequest())
         assert from_rpc(caught.value).message == "prompt: is missing; send text, token_ids or chat"
-        with pytest.raises(grpc.RpcError) as caught:
-            stub.Generate(inference_pb2.GenerateRequest(text="x", sampling={"n": 2}))
-        error = from_rpc(caught.value)
-    assert isinstance(error, UnimplementedError)
-    assert error.reason == "UNSUPPORTED_FEATURE"
+
+
+def test_several_answers_to_one_prompt(client: Client, pushed: Mapping[str, str]) -> None:
+    options: dict[str, Any] = {"adapter": "a", "temperature": 1.0, "seed": 3, "max_new_tokens": NEW_TOKENS}
+    answers = client.generate_many(PROMPT * 3, 3, echo=True, ignore_eos=True, **options)
+    assert [answer.index for answer in answers] == [0, 1, 2]
+    assert len({answer.token_ids for answer in answers}) == 3
+    assert all(answer.text.startswith(PROMPT * 3) for answer in answers)
+    assert answers[1].usage.cached_tokens == answers[2].usage.cached_tokens > 0
+    assert answers[0].token_ids == client.generate(PROMPT * 3, ignore_eos=True, **options).token_ids
+    with client.stream(PROMPT * 3, n=3, ignore_eos=True, **options) as stream:
+        streamed = stream.results()
+    assert [each.token_ids for each in streamed] == [each.token_ids for each in answers]
+    with pytest.raises(InvalidArgumentError, match=r"sampling.n: is 33, must be at most 4"):
+        client.generate_many(PROMPT, 33)
+
+
+def test_a_prompt_asked_twice_is_computed_once(server: ServerProcess, client: Client) -> None:
+    prompt = "Nobody has asked this of the server before, so the first time is the first."
+    before = server.scrape()
+    first, second, salted = (
+        client.generate(prompt, max_new_tokens=4, cache_salt=salt) for salt in ("", "", "tenant")
+    )
+    assert first.token_ids == second.token_ids == salted.token_ids
+    cached = [answer.usage.cached_tokens for answer in (first, second, salted)]
+    assert cached == [0, len(prompt) // 16 * 16, 0]
+    after = server.scrape()
+    hits, queries = "quickchange_prefix_cache_hits_total", "quickchange_prefix_cache_queries_total"
+    assert after[hits] - before[hits] == cached[1]
+    assert after[queries] - before[queries] == 3 * len(prompt)
+
+
+def test_the_scale_of_an_adapter(client: Client, pushed: Mapping[str, str]) -> None:
+    answers = {
+        scale: client.generate(
+            PROMPT, adapter="a", adapter_scale=scale, max_new_tokens=NEW_TOKENS, ignore_eos=True
+        ).token_ids
+        for scale in (1.0, 0.0, 3.0)
+    }
+    base = client.generate(PROMPT, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    plain = client.generate(PROMPT, adapter="a", max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    assert answers[0.0] == base.token_ids
+    assert answers[1.0] == plain.token_ids
+    assert len(set(answers.values())) == 3
 
 
 def test_an_answer_stops_where_the_context_ends(client: Client) -> None:

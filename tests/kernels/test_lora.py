@@ -37,8 +37,9 @@ def test_each_token_gets_its_own_adapters_update(
         slot = index % 3  # 0 is the base
         if slot:
             rows = slice(start, start + length)
-            expected[rows] += x[rows] @ factors[slot].a_RD.T @ factors[slot].b_RO
-            segments.append(Segment(start, start + length, slot))
+            scale = (1.0, -0.5)[index % 2]
+            expected[rows] += scale * (x[rows] @ factors[slot].a_RD.T @ factors[slot].b_RO)
+            segments.append(Segment(start, start + length, slot, scale))
         start += length
     add_lora_delta(y, x, Segments(segments), factors)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)

@@ -4,6 +4,7 @@ And what the references do not have: a row's bits depend on nothing but itself.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ pytestmark = needs_native
 ROWS = [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 18, 19, 33, 64, 65, 70]
 WIDTHS = [1, 3, 8, 15, 16, 17, 24, 40, 63, 64, 65, 96, 128, 200]
 RANKS = [1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 256]
+SCALES = [1.0, 0.5, -2.0]
 AWKWARD = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -126,7 +128,7 @@ def test_each_row_gets_its_own_adapters_update(
     """Several projections side by side; slot 0 is the base, and one slot more than there are is empty."""
     total, segments, start = sum(lengths), [], 0
     for index, length in enumerate(lengths):
-        segments.append(Segment(start, start + length, index % (len(ranks) + 2)))
+        segments.append(Segment(start, start + length, index % (len(ranks) + 2), SCALES[index % 3]))
         start += length
     parts, expected, magnitudes = [], [], []
     x = randn(total, ins, seed=seed)
@@ -142,9 +144,8 @@ def test_each_row_gets_its_own_adapters_update(
         y, magnitude = x @ weight_OD.T, x.abs() @ weight_OD.abs().T
         exact = {slot: _map(pair, Tensor.float) for slot, pair in factors.items()}
         add_lora_delta(y, x, Segments(segments), exact)
-        add_lora_delta(
-            magnitude, x.abs(), Segments(segments), {s: _map(p, Tensor.abs) for s, p in exact.items()}
-        )
+        positive = Segments([replace(segment, scale=abs(segment.scale)) for segment in segments])
+        add_lora_delta(magnitude, x.abs(), positive, {s: _map(p, Tensor.abs) for s, p in exact.items()})
         for slot, pair in factors.items():
             layer.set_slot(slot, pair)
         parts.append(layer), expected.append(y), magnitudes.append(magnitude)

@@ -54,11 +54,11 @@ def test_dense_linear(dtype: torch.dtype) -> None:
 def test_lora_delta_changes_its_output_in_place() -> None:
     x, y = randn(4, 16), randn(4, 24)
     before, a, b = y.clone(), [randn(3, 16), randn(5, 16)], [randn(3, 24), randn(5, 24)]
-    torch.ops.quickchange.lora_delta(y, x, a, b, [2.0, 0.5], [0, 1, 2, 2, 4, 1])
+    torch.ops.quickchange.lora_delta(y, x, a, b, [2.0, 0.5], [0, 1, 2, 2, 4, 1], [1.0, -0.5])
     before[:1] += 0.5 * x[:1] @ a[1].T @ b[1]
-    before[2:] += 2.0 * x[2:] @ a[0].T @ b[0]
+    before[2:] += -0.5 * 2.0 * x[2:] @ a[0].T @ b[0]
     torch.testing.assert_close(y, before, rtol=1e-5, atol=1e-5)
-    opcheck(ops.lora_delta, (y, x, a, b, [2.0, 0.5], [0, 1, 2, 2, 4, 1]))
+    opcheck(ops.lora_delta, (y, x, a, b, [2.0, 0.5], [0, 1, 2, 2, 4, 1], [1.0, -0.5]))
 
 
 def test_paged_attention() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from adapters.store import AdapterStore
 from adapters.validate import validate_adapter
 from server.config import EngineSettings
 from server.core import EngineCore
-from server.generation import Generation
+from server.generation import Generation, generations_of
 from server.metrics import Metrics
 from server.request import (
     AdapterIdentity,
@@ -37,6 +38,8 @@ class Ask:
     max_new_tokens: int = 12
     arrival: int = 0
     sampling: SamplingParams | None = None
+    adapter_scale: float = 1.0
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Answer:
     text: str
     logprobs: tuple[TokenLogprob, ...]
     finished: Finished
+    preemptions: int
 
 
 class Harness:
@@ -55,7 +59,8 @@ class Harness:
         self.identities: dict[str, AdapterIdentity] = {}
         for name, path in adapters.items():
             self.publish(name, path, base)
-        self.core = EngineCore(base, self.store, EngineSettings(**settings), Metrics(), lambda: None)
+        self._metrics = Metrics()
+        self.core = EngineCore(base, self.store, EngineSettings(**settings), self._metrics, lambda: None)
         self._loop = asyncio.new_event_loop()
 
     def publish(self, name: str, path: Path, base: Base) -> None:
@@ -68,44 +73,70 @@ class Harness:
 
     def run(self, asks: Sequence[Ask]) -> list[Answer]:
         """Runs all requests to their ends and returns their answers in the order asked."""
-        generations = [self.generation_of(ask) for ask in asks]
-        parts: dict[int, list[Delta]] = {id(g.stream): [] for g in generations}
-        ends: dict[int, Finished] = {}
+        return [answers[0] for answers in self._run([self.answers_to(ask) for ask in asks], asks)]
+
+    def run_many(self, ask: Ask, n: int) -> list[Answer]:
+        """Runs one request for n answers."""
+        return self._run([self.answers_to(ask, n)], [ask])[0]
+
+    def _run(self, groups: Sequence[list[Generation]], asks: Sequence[Ask]) -> list[list[Answer]]:
+        parts: defaultdict[tuple[int, int], list[Delta]] = defaultdict(list)
+        ends: dict[tuple[int, int], Finished] = {}
         step, deadline_s = 0, time.monotonic() + DEADLINE_S
-        while len(ends) < len(asks):
-            assert time.monotonic() < deadline_s, f"{len(asks) - len(ends)} requests never ended"
-            for ask, generation in zip(asks, generations, strict=True):
+        while len(ends) < sum(map(len, groups)):
+            assert time.monotonic() < deadline_s, f"{len(ends)} requests ended, the others never did"
+            for ask, group in zip(asks, groups, strict=True):
                 if ask.arrival == step:
-                    self.core.add(generation)
+                    self.core.add(group)
             self.core.step()
             step += 1
             for stream, event in self.core.take_events():
                 assert not isinstance(event, Failed), event.error
                 if isinstance(event, Delta):
-                    parts[id(stream)].append(event)
+                    parts[id(stream), event.index].append(event)
                 elif isinstance(event, Finished):
-                    ends[id(stream)] = event
+                    ends[id(stream), event.index] = event
         return [
-            Answer(
-                tuple(t for delta in parts[id(g.stream)] for t in delta.token_ids),
-                "".join(delta.text for delta in parts[id(g.stream)]),
-                tuple(logprob for delta in parts[id(g.stream)] for logprob in delta.logprobs),
-                ends[id(g.stream)],
-            )
-            for g in generations
+            [_answer(g, parts[id(g.stream), g.index], ends[id(g.stream), g.index]) for g in group]
+            for group in groups
         ]
+
+    @property
+    def evictions(self) -> float:
+        """How many adapters had to leave the device."""
+        labels = {"tier": "device"}
+        return self._metrics.registry.get_sample_value("quickchange_adapter_evictions_total", labels) or 0.0
 
     def close(self) -> None:
         self.core.residency.close()
         self.store.close()
         self._loop.close()
 
-    def generation_of(self, ask: Ask) -> Generation:
+    def answers_to(self, ask: Ask, n: int = 1) -> list[Generation]:
         sampling = ask.sampling or SamplingParams(max_new_tokens=ask.max_new_tokens)
         adapter = self.identities[ask.adapter] if ask.adapter else None
-        return self.generation(Request("test", ask.prompt, sampling, adapter))
+        request = Request(
+            "test",
+            ask.prompt,
+            sampling,
+            adapter,
+            adapter_scale=ask.adapter_scale,
+            n=n,
+            priority=ask.priority,
+        )
+        return self.answers_of(request)
 
-    def generation(self, request: Request) -> Generation:
-        stream = RequestStream(self._loop, lambda: None)
+    def answers_of(self, request: Request) -> list[Generation]:
+        stream = RequestStream(self._loop, lambda: None, request.n)
         total = len(request.prompt_token_ids) + request.sampling.max_new_tokens
-        return Generation(request, stream, self.core.decoder, min(total, self.core.max_context_tokens))
+        return generations_of(request, stream, self.core.decoder, min(total, self.core.max_context_tokens))
+
+
+def _answer(generation: Generation, deltas: list[Delta], finished: Finished) -> Answer:
+    return Answer(
+        tuple(t for delta in deltas for t in delta.token_ids),
+        "".join(delta.text for delta in deltas),
+        tuple(logprob for delta in deltas for logprob in delta.logprobs),
+        finished,
+        generation.sequence.preemptions,
+    )

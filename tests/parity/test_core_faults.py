@@ -39,18 +39,18 @@ def good_asks() -> list[Ask]:
 
 def run_with(harness: Harness, request: Request, asks: list[Ask]) -> tuple[list[Any], Any]:
     """Runs the asks beside one more request; returns their token ids and that request's last event."""
-    victim = harness.generation(request)
-    generations = [harness.generation_of(ask) for ask in asks]
-    for generation in [victim, *generations]:
-        harness.core.add(generation)
+    victim = harness.answers_of(request)
+    groups = [harness.answers_to(ask) for ask in asks]
+    for group in [victim, *groups]:
+        harness.core.add(group)
     last, deadline_s = None, time.monotonic() + 60
     while not harness.core.is_empty:
         assert time.monotonic() < deadline_s
         harness.core.step()
         for stream, event in harness.core.take_events():
-            if stream is victim.stream:
+            if stream is victim[0].stream:
                 last = event
-    return [generation.sequence.output_ids for generation in generations], last
+    return [group[0].sequence.output_ids for group in groups], last
 
 
 def test_an_adapter_with_nan_spoils_nobody_else(harness: Harness, tmp_path: Path) -> None:
@@ -133,13 +133,13 @@ def test_a_deadline_ends_a_request_and_gives_everything_back(harness: Harness) -
 
 
 def test_cancel_takes_effect_within_one_step(harness: Harness) -> None:
-    generation = harness.generation_of(Ask((1, 2, 3), "a", 400))
-    harness.core.add(generation)
-    while generation.sequence.output_length < 3:
+    answers = harness.answers_to(Ask((1, 2, 3), "a", 400))
+    harness.core.add(answers)
+    while answers[0].sequence.output_length < 3:
         harness.core.step()
     harness.core.take_events()
-    harness.core.cancel(generation.sequence)
-    harness.core.cancel(generation.sequence)  # harmless
+    harness.core.cancel(answers)
+    harness.core.cancel(answers)  # harmless
     events = [event for _, event in harness.core.take_events()]
     assert len(events) == 1
     assert isinstance(events[0], Finished)
@@ -148,11 +148,48 @@ def test_cancel_takes_effect_within_one_step(harness: Harness) -> None:
     assert not harness.core.step()
 
 
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_cancel_ends_every_answer_of_a_request(harness: Harness, steps: int) -> None:
+    answers = harness.answers_of(Request("r", (1, 2, 3), SamplingParams(max_new_tokens=400), n=3))
+    harness.core.add(answers)
+    for _ in range(steps):
+        harness.core.step()
+    harness.core.take_events()
+    harness.core.cancel(answers)
+    ends = [event for _, event in harness.core.take_events()]
+    assert sorted(end.index for end in ends if isinstance(end, Finished)) == [0, 1, 2]
+    assert (harness.core.is_empty, harness.core.waiting) == (True, 0)
+    assert harness.core.scheduler.blocks.used_ratio == 0
+
+
+def test_one_failed_answer_fails_its_request_once(harness: Harness, tmp_path: Path) -> None:
+    identity = publish_poison(harness.store, tmp_path / "b")
+    request = Request("poison", tuple(range(20)), SamplingParams(max_new_tokens=8), identity, n=3)
+    harness.core.add(harness.answers_of(request))
+    events, deadline_s = [], time.monotonic() + 60
+    while not harness.core.is_empty:
+        assert time.monotonic() < deadline_s
+        harness.core.step()
+        events += [event for _, event in harness.core.take_events()]
+    assert len(events) == 1
+    assert isinstance(events[0], Failed)
+    assert harness.core.waiting == 0
+
+
+def test_a_deleted_adapter_leaves_no_keys_and_values(harness: Harness) -> None:
+    harness.run([Ask(tuple(range(5, 30)), "a", 4)])
+    assert any(layer.k_NSKE.any() for layer in harness.core.runner.cache.layers.values())
+    harness.core.forget(harness.identities["a"].digest, lambda: None)
+    harness.core.step()
+    answer = harness.run([Ask(tuple(range(5, 30)), "a", 4)])[0]
+    assert answer.finished.cached_tokens == 0
+
+
 def test_forget_waits_for_running_requests(harness: Harness) -> None:
     digest = harness.identities["a"].digest
-    generation = harness.generation_of(Ask((1, 2, 3), "a", 10))
-    harness.core.add(generation)
-    while not generation.sequence.output_length:
+    answers = harness.answers_to(Ask((1, 2, 3), "a", 10))
+    harness.core.add(answers)
+    while not answers[0].sequence.output_length:
         harness.core.step()
     done: list[bool] = []
     harness.core.forget(digest, lambda: done.append(True))

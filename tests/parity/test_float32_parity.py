@@ -147,6 +147,37 @@ def test_room_for_one_adapter_at_a_time_changes_no_token(setup: Setup, tmp_path:
     harness.close()
 
 
+def test_everything_forced_on_at_once_changes_no_token(setup: Setup, tmp_path: Path) -> None:
+    """Preemption, prefix hits, chunks, fairness between adapters, eviction: all within one run."""
+    probe = harness_of(setup, tmp_path / "probe")
+    adapter_bytes = max(probe.store.resolve(name).facts.parameter_count * 4 for name in ADAPTERS)
+    block_bytes = probe.core.runner.kv_bytes_per_token * 4
+    probe.close()
+    harness = harness_of(
+        setup,
+        tmp_path / "store",
+        adapter_device_bytes=adapter_bytes,
+        kv_bytes=20 * block_bytes,
+        block_tokens=4,
+        prefill_chunk_tokens=5,
+        max_batch_tokens=12,
+        max_running_requests=6,
+    )
+    asks = [replace(ask, max_new_tokens=20) for ask in random_asks(12, seed=6)]
+    asks += [replace(asks[index // 3], arrival=30 + 3 * index) for index in range(12)]
+    answers = harness.run(asks)
+    longest = max(asks, key=lambda ask: len(ask.prompt))
+    for _ in range(2):  # at once after its like: the second finds what the first left
+        asks.append(replace(longest, arrival=0))
+        answers += harness.run(asks[-1:])
+    for ask, answer in zip(asks, answers, strict=True):
+        assert answer.token_ids == expected(setup, ask), ask
+    assert harness.core.scheduler.preemptions > 0
+    assert harness.evictions > 0
+    assert any(answer.finished.cached_tokens for answer in answers)
+    harness.close()
+
+
 def test_a_stop_token_ends_the_answer(setup: Setup, harness: Harness) -> None:
     prompt = tuple(range(30, 40))
     tokens = setup.oracle.greedy(prompt, "all", 12)

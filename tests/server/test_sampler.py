@@ -97,7 +97,7 @@ def test_a_row_is_the_same_alone_and_among_others(
 ) -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(seed % 2**32))
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
-    mine = SampleRow(params, (1, 2), (3,), uniform_of(seed, 7))
+    mine = SampleRow(params, (1, 2), (3,), uniform_of(seed, 0, 7))
     others = [SampleRow(SamplingParams(temperature=1.3), (), (), 0.1 * i) for i in range(6)]
     others[position] = mine
     among = sample(logits, others)[position]
@@ -106,5 +106,6 @@ def test_a_row_is_the_same_alone_and_among_others(
 
 
 def test_random_numbers_depend_on_seed_and_step_only() -> None:
-    assert uniform_of(1, 2) == uniform_of(1, 2)
-    assert len({uniform_of(seed, step) for seed in range(20) for step in range(20)}) == 400
+    assert uniform_of(1, 0, 2) == uniform_of(1, 0, 2)
+    seen = {uniform_of(seed, answer, step) for seed in range(9) for answer in range(9) for step in range(9)}
+    assert len(seen) == 729

@@ -1,14 +1,17 @@
 """Messages to values: presence, ranges, and what is refused because it is not there yet."""
 
+from dataclasses import replace
+
 import pytest
 
 from quickchange.v1 import inference_pb2
-from server.errors import InvalidRequestError, UnsupportedFeatureError
+from server.errors import InvalidRequestError
 from server.request import (
     AdapterIdentity,
     Delta,
     Finished,
     FinishReason,
+    Request,
     SamplingParams,
     Started,
     Timings,
@@ -78,28 +81,33 @@ def test_an_explicit_zero_is_a_value() -> None:
         convert.sampling_of(request(top_p=0.0), 9)
 
 
+def request_of(message: inference_pb2.GenerateRequest) -> Request:
+    return convert.request_of(message, "r", (1, 2), None, room_tokens=100, deadline_s=None)
+
+
+def test_what_goes_beside_sampling_arrives() -> None:
+    message = request(n=3)
+    message.priority, message.cache_salt, message.adapter_scale = -2, "tenant", 0.0
+    made = request_of(message)
+    assert (made.n, made.priority, made.cache_salt, made.adapter_scale) == (3, -2, "tenant", 0.0)
+    made = request_of(request())
+    assert (made.n, made.priority, made.cache_salt, made.adapter_scale) == (1, 0, "", 1.0)
+
+
 @pytest.mark.parametrize(
-    "message",
+    ("message", "field"),
     [
-        request(n=2),
-        inference_pb2.GenerateRequest(priority=1),
-        inference_pb2.GenerateRequest(adapter_scale=0.5),
-        inference_pb2.GenerateRequest(adapter_scale=0.0),
+        (request(n=0), "sampling.n"),
+        (inference_pb2.GenerateRequest(priority=11), "priority"),
+        (inference_pb2.GenerateRequest(adapter_scale=17.0), "adapter_scale"),
+        (inference_pb2.GenerateRequest(adapter_scale=float("nan")), "adapter_scale"),
+        (inference_pb2.GenerateRequest(cache_salt="x" * 257), "cache_salt"),
     ],
 )
-def test_what_is_not_there_yet_is_refused(message: inference_pb2.GenerateRequest) -> None:
-    with pytest.raises(UnsupportedFeatureError, match="only"):
-        convert.refuse_unsupported(message)
-
-
-def test_no_answers_at_all_is_no_request() -> None:
-    with pytest.raises(InvalidRequestError, match=r"sampling.n: is 0"):
-        convert.refuse_unsupported(request(n=0))
-
-
-def test_defaults_of_what_is_not_there_yet_are_taken() -> None:
-    convert.refuse_unsupported(request(n=1))
-    convert.refuse_unsupported(inference_pb2.GenerateRequest(priority=0, adapter_scale=1.0))
+def test_what_is_out_of_range_is_refused(message: inference_pb2.GenerateRequest, field: str) -> None:
+    with pytest.raises(InvalidRequestError, match=field) as caught:
+        request_of(message)
+    assert caught.value.field == field
 
 
 def test_a_request_id_is_kept_or_made() -> None:
@@ -133,6 +141,17 @@ def test_events_become_messages() -> None:
     assert finished.usage.cached_tokens == 2
     assert (finished.timings.total.seconds, finished.timings.total.nanos) == (61, 250_000_000)
     assert finished.timings.adapter_load.ToMilliseconds() == 125
+
+
+def test_usage_of_several_answers_counts_the_prompt_once() -> None:
+    timings = Timings(queue_s=0.5, adapter_load_s=0.0, time_to_first_token_s=1.0, total_s=2.0)
+    ends = [
+        Finished(FinishReason.STOP, 5, 7, 4, replace(timings, total_s=9.0), index=1),
+        Finished(FinishReason.LENGTH, 5, 3, 0, timings, index=0),
+    ]
+    usage = convert.total_usage(ends)
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (5, 10, 0)
+    assert convert.total_timings(ends).total.seconds == 9
 
 
 def test_the_base_is_an_empty_adapter() -> None:

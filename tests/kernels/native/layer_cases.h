@@ -185,9 +185,9 @@ inline std::vector<Expected> layer_reference(const LayerCase &test, Past past, c
   std::vector<Expected> results;
   for (int r = 0; r < x.rows; ++r) {
     const Place place = test.rows[(size_t)r];
-    const int slot = slot_of(step.segments, r);
+    const Route route = route_of(step.segments, r);
     auto product = [&](const std::vector<Linear> &parts, const std::vector<double> &row) {
-      return value_of(products(parts, row.data(), slot, true));
+      return value_of(products(parts, row.data(), route, true));
     };
     std::vector<double> y(x.row(r), x.row(r) + x.width);
     const std::vector<double> qkv = product(test.qkv, normed(y, record.input_norm));

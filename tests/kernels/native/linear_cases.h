@@ -109,10 +109,16 @@ inline Buffer<const qc_linear *> records_of(const std::vector<Linear> &parts) {
 
 constexpr int kNoSlot = -100;
 
-inline int slot_of(const Buffer<qc_segment> &segments, int row) {
+// Which adapter a row uses, and how much of it.
+struct Route {
+  int slot;
+  float scale;
+};
+
+inline Route route_of(const Buffer<qc_segment> &segments, int row) {
   for (const qc_segment &segment : segments)
-    if (row >= segment.start && row < segment.end) return segment.slot;
-  return kNoSlot;
+    if (row >= segment.start && row < segment.end) return {segment.slot, segment.scale};
+  return {kNoSlot, 1.0f};
 }
 
 // Segments over some of the rows, in any order, empty ones and slots outside the table among them.
@@ -120,7 +126,8 @@ inline Buffer<qc_segment> random_segments(Random &random, int rows, int slots) {
   std::vector<qc_segment> list;
   for (int at = random.below(3); at <= rows; at += random.below(3)) {
     const int end = at + random.one_of({0, 1, 1, 2, 3, 4, 5, 8, 13, 30});
-    list.push_back({at, end < rows ? end : rows, random.below(slots + 2) - 1});
+    list.push_back({at, end < rows ? end : rows, random.below(slots + 2) - 1,
+                    random.coin() ? 1.0f : random.uniform() * 2.0f});
     at = end + (end == at);
   }
   for (size_t i = list.size(); i > 1; --i) std::swap(list[i - 1], list[(size_t)random.below((int)i)]);
@@ -129,17 +136,18 @@ inline Buffer<qc_segment> random_segments(Random &random, int rows, int slots) {
 
 // The one segment that a row needs when it is alone.
 inline Buffer<qc_segment> alone(const Buffer<qc_segment> &segments, int row) {
-  const int slot = slot_of(segments, row);
-  if (slot == kNoSlot) return Buffer<qc_segment>();
-  return Buffer<qc_segment>(1, qc_segment{0, 1, slot});
+  const Route route = route_of(segments, row);
+  if (route.slot == kNoSlot) return Buffer<qc_segment>();
+  return Buffer<qc_segment>(1, qc_segment{0, 1, route.slot, route.scale});
 }
 
 // What the parts add to a row of results, [outs]: the product with bias if `base`, and the adapter's update.
-inline std::vector<Expected> products(const std::vector<Linear> &parts, const double *x, int slot, bool base) {
+inline std::vector<Expected> products(const std::vector<Linear> &parts, const double *x, Route route, bool base) {
   std::vector<Expected> results;
   for (const Linear &part : parts) {
     const int in = part.record.in;
-    const Adapter *adapter = part.adapter(slot);
+    const Adapter *adapter = part.adapter(route.slot);
+    const double scaling = adapter ? (double)adapter->scaling * route.scale : 0.0;
     std::vector<double> shrunk, shrunk_magnitude;
     for (int r = 0; adapter && r < adapter->rank; ++r) {
       double sum = 0.0, magnitude = 0.0;
@@ -148,8 +156,8 @@ inline std::vector<Expected> products(const std::vector<Linear> &parts, const do
         sum += term;
         magnitude += fabs(term);
       }
-      shrunk.push_back(sum * adapter->scaling);
-      shrunk_magnitude.push_back(magnitude * adapter->scaling);
+      shrunk.push_back(sum * scaling);
+      shrunk_magnitude.push_back(magnitude * fabs(scaling));
     }
     for (int o = 0; o < part.record.out; ++o) {
       Expected total{0.0, 0.0};
@@ -199,7 +207,7 @@ struct LinearCase {
     for (int r = 0; r < y.rows; ++r) {
       const std::vector<double> row(x.row(r), x.row(r) + x.width);
       const std::vector<Expected> sums =
-          products(parts, row.data(), slot_of(segments, r), operation != Operation::kDelta);
+          products(parts, row.data(), route_of(segments, r), operation != Operation::kDelta);
       for (int o = 0; o < y.width; ++o) {
         Expected &place = results[(size_t)(r * y.ld + o)];
         const double before = operation == Operation::kWrite ? 0.0 : place.value;
@@ -214,7 +222,7 @@ struct LinearCase {
   bool writes(int row, int feature) const {
     if (operation != Operation::kDelta) return true;
     for (const Linear &part : parts) {
-      if (feature < part.record.out) return part.adapter(slot_of(segments, row)) != nullptr;
+      if (feature < part.record.out) return part.adapter(route_of(segments, row).slot) != nullptr;
       feature -= part.record.out;
     }
     return false;
