@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.errors import AdapterCorruptError, AdapterError, AdapterNotFoundError, CapacityError
+from adapters.factors import device_factors
 from adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from adapters.layers import AdapterSlots
 from adapters.layout import BaseLayout
@@ -82,6 +83,7 @@ class AdapterResidency:
         self._free_slots: list[int] = []
         self._next_slot = 1
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
+        self._verifier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-verifier")
 
     @property
     def used_bytes(self) -> int:
@@ -192,8 +194,9 @@ class AdapterResidency:
         return True
 
     def close(self) -> None:
-        """Ends the loader thread after its current load."""
+        """Ends the loader threads after their current load."""
         self._loader.shutdown(wait=True, cancel_futures=True)
+        self._verifier.shutdown(wait=True)
 
     def _device_bytes(self, digest: str) -> int:
         """Upper bound of what the adapter takes on the device, known before it is read."""
@@ -233,22 +236,23 @@ class AdapterResidency:
 
     def _load(self, digest: str) -> dict[str, LoraFactors]:
         """Runs in the loader thread: disk → checked tensors on the device."""
+        verified = self._verifier.submit(
+            self._verify, digest
+        )  # beside the reading, and without the interpreter
+        try:
+            folder = self._store.path_of(digest)
+            spec = parse_spec((folder / CONFIG_FILE).read_bytes())
+            pairs = load_pairs(folder / WEIGHTS_FILE, spec, self._layout)
+            return device_factors(pairs, spec, self._device, self._dtype)
+        finally:
+            verified.result()  # that the files changed explains any other error
+
+    def _verify(self, digest: str) -> None:
         try:
             self._store.verify(digest)
         except AdapterCorruptError as error:
             self._store.mark_failed(digest, str(error))
             raise
-        folder = self._store.path_of(digest)
-        spec = parse_spec((folder / CONFIG_FILE).read_bytes())
-        pairs = load_pairs(folder / WEIGHTS_FILE, spec, self._layout)
-        factors = {}
-        for name, pair in pairs.items():
-            factors[name] = LoraFactors(
-                a_RD=pair.a_RD.to(self._device, self._dtype).contiguous(),
-                b_RO=pair.b_OR.t().to(self._device, self._dtype).contiguous(),
-                scaling=spec.scaling_of(name),
-            )
-        return factors
 
     def _settle(self, digest: str, load: _Loading) -> LoadOutcome:
         seconds = time.monotonic() - load.began_s

@@ -16,6 +16,7 @@ from torch import Tensor
 from adapters.errors import AdapterCorruptError, AdapterError, InvalidAdapterError, UnsupportedAdapterError
 from adapters.files import CONFIG_FILE, WEIGHTS_FILE, open_regular
 from adapters.layout import BaseLayout
+from adapters.memory import empty
 from adapters.spec import AdapterSpec
 from adapters.strict_json import brief, parse_object
 
@@ -86,13 +87,11 @@ def load_pairs(path: Path, spec: AdapterSpec, layout: BaseLayout) -> dict[str, L
     with open_regular(path) as file:
         header = _read_header(file)
         _check_match(header, ranks, layout)
-        return {
-            module: LoraPair(
-                a_RD=_read_tensor(file, header[tensor_name(module, "A")]),
-                b_OR=_read_tensor(file, header[tensor_name(module, "B")]),
-            )
-            for module in ranks
-        }
+        tensors = _read_tensors(file, header)
+    return {
+        module: LoraPair(a_RD=tensors[tensor_name(module, "A")], b_OR=tensors[tensor_name(module, "B")])
+        for module in ranks
+    }
 
 
 def tensor_name(module: str, factor: str) -> str:
@@ -215,12 +214,23 @@ def _unexpected(name: str, layout: BaseLayout) -> AdapterError:
     return InvalidAdapterError(f"unknown tensor {brief(name)}: {why}", reason="UNKNOWN_TENSOR")
 
 
-def _read_tensor(file: io.BufferedReader, info: TensorInfo) -> Tensor:
-    tensor = torch.empty(info.shape, dtype=_DTYPES[info.dtype])
-    file.seek(info.offset)
-    if file.readinto(tensor.view(torch.uint8).numpy().data) != info.size_bytes:
+def _read_tensors(file: io.BufferedReader, header: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    """All tensors by name, in one piece of memory that is read at once."""
+    in_order = sorted(header.items(), key=lambda item: (item[1].offset, item[1].size_bytes))
+    sizes = [info.size_bytes for _, info in in_order]  # no gaps between them: the header was checked
+    memory = empty(sum(sizes), torch.uint8, torch.device("cpu"))
+    file.seek(in_order[0][1].offset if in_order else 0)
+    if file.readinto(memory.numpy().data) != len(memory):
         raise AdapterCorruptError(f"{WEIGHTS_FILE} became shorter while it was read; publish it again")
-    return tensor
+    pieces = torch.split(memory, sizes)
+    return {name: _typed(piece, info) for (name, info), piece in zip(in_order, pieces, strict=True)}
+
+
+def _typed(piece: Tensor, info: TensorInfo) -> Tensor:
+    dtype = _DTYPES[info.dtype]
+    if piece.storage_offset() % dtype.itemsize:  # a file of several types need not align them
+        piece = piece.clone()
+    return piece.view(dtype).view(info.shape)
 
 
 def _bad_header(why: str) -> NoReturn:
