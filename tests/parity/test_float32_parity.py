@@ -6,48 +6,71 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from adapters.base import load_base
 from server.request import FinishReason, SamplingParams
 from tests.adapters.builders import make_adapter, tiny_model
 from tests.kernels.conditions import KERNELS
-from tests.models import ARCHITECTURES, Architecture, rewrite_config
+from tests.models import (
+    ARCHITECTURES,
+    FAMILIES,
+    Architecture,
+    Family,
+    Projections,
+    build_tiny_model,
+    rewrite_config,
+)
 from tests.parity.harness import Ask, Harness
 from tests.parity.oracle import Oracle
 
 VOCABULARY = 256
 
-ADAPTERS: dict[str, dict[str, object]] = {
-    "all": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
-    "rs": {"r": 9, "lora_alpha": 5, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]},
-    "patterns": {
-        "r": 2,
-        "lora_alpha": 4,
-        "target_modules": r".*\.(k_proj|up_proj|o_proj)",
-        "rank_pattern": {"up_proj": 7, r"layers\.1\.self_attn\.k_proj": 3},
-        "alpha_pattern": {"o_proj": 16},
-    },
-    "partial": {"r": 1, "target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1]},
-}
+ADAPTERS = ("all", "rs", "patterns", "partial")
+
+
+def adapter_configs(of: Projections) -> dict[str, dict[str, object]]:
+    """A configuration for each of ADAPTERS, on the modules that a family has."""
+    return {
+        "all": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+        "rs": {"r": 9, "lora_alpha": 5, "use_rslora": True, "target_modules": [of.query, of.value, of.down]},
+        "patterns": {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": rf".*\.({of.key}|{of.up}|{of.output})",
+            "rank_pattern": {of.up: 7, rf"layers\.1\.\w+\.{of.key}": 3},
+            "alpha_pattern": {of.output: 16},
+        },
+        "partial": {"r": 1, "target_modules": [of.query, of.gate], "layers_to_transform": [1]},
+    }
 
 
 @dataclass
 class Setup:
+    family: Family
     folder: Path
     adapters: dict[str, Path]
     oracle: Oracle
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "harness" in metafunc.fixturenames:
+        metafunc.parametrize(("setup", "harness"), CASES, indirect=True, scope="module")
+    elif "setup" in metafunc.fixturenames:
+        metafunc.parametrize("setup", ARCHITECTURES, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    architecture: Architecture = request.param
-    root = tmp_path_factory.mktemp(architecture)
-    model = tiny_model(root / "base", architecture)
+    family = FAMILIES[request.param]
+    root = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
+    model = tiny_model(root / "base", request.param)
     adapters = {
         name: make_adapter(model, root / name, seed=seed, **config)
-        for seed, (name, config) in enumerate(ADAPTERS.items())
+        for seed, (name, config) in enumerate(adapter_configs(family.projections).items())
     }
-    return Setup(root / "base", adapters, Oracle(root / "base", adapters))
+    return Setup(family, root / "base", adapters, Oracle(root / "base", adapters))
 
 
 @dataclass(frozen=True)
@@ -62,6 +85,25 @@ FORMS = {"fused": Form("native", "auto"), "modules": Form("native", "off"), "tor
 FORMS_HERE = [name for name, form in FORMS.items() if form.kernels in KERNELS]
 
 
+def forms_of(family: Family) -> list[str]:
+    """Where layers are not fused, "fused" runs module by module."""
+    return [name for name in FORMS_HERE if family.fused or name != "modules"]
+
+
+def marks_of(architecture: Architecture, form: str) -> list[pytest.MarkDecorator]:
+    """In torch the families differ in what their attention does, and these few do all of it."""
+    often = form != "torch" or "native" not in KERNELS or architecture in ALWAYS_IN_TORCH
+    return [] if often else [pytest.mark.slow]
+
+
+ALWAYS_IN_TORCH = {"llama", "mistral", "gemma2", "gpt_neox"}
+CASES = [
+    pytest.param(architecture, form, marks=marks_of(architecture, form))
+    for architecture, family in FAMILIES.items()
+    for form in forms_of(family)
+]
+
+
 def harness_of(setup: Setup, folder: Path, form: Form = FORMS[FORMS_HERE[0]], **settings: int) -> Harness:
     base = load_base(
         str(setup.folder),
@@ -74,7 +116,7 @@ def harness_of(setup: Setup, folder: Path, form: Form = FORMS[FORMS_HERE[0]], **
     return Harness(base, folder, setup.adapters, fused_layers=form.fused_layers, **settings)
 
 
-@pytest.fixture(scope="module", params=FORMS_HERE)
+@pytest.fixture(scope="module")
 def harness(
     request: pytest.FixtureRequest, setup: Setup, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Harness]:
@@ -87,7 +129,8 @@ def harness(
         max_running_requests=32,
         block_tokens=4,
     )
-    assert harness.core.runner.fused_layers == (2 if request.param == "fused" else 0)
+    fused = request.param == "fused" and setup.family.fused
+    assert harness.core.runner.fused_layers == (setup.family.layers if fused else 0)
     yield harness
     harness.close()
 
@@ -116,6 +159,19 @@ def test_base_and_adapters_differ(setup: Setup) -> None:
     prompt = tuple(range(10, 20))
     answers = {tuple(setup.oracle.greedy(prompt, name, 12)) for name in ["", *ADAPTERS]}
     assert len(answers) == len(ADAPTERS) + 1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key"), [(name, key) for name, family in FAMILIES.items() for key in family.plain]
+)
+def test_what_sets_a_family_apart_is_on(architecture: Architecture, key: str, tmp_path: Path) -> None:
+    folder, ids = build_tiny_model(tmp_path, architecture), torch.arange(10, 40)[None]
+    found = []
+    for changes in ({}, {key: FAMILIES[architecture].plain[key]}):
+        rewrite_config(folder, **changes)
+        with torch.inference_mode():
+            found.append(AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits)
+    assert float((found[0] - found[1]).norm() / found[0].norm()) > 0.02
 
 
 def test_each_request_alone(setup: Setup, harness: Harness) -> None:
@@ -204,7 +260,8 @@ def test_a_sliding_window_forgets_what_the_oracle_forgets(tmp_path: Path) -> Non
     answers = {}
     for window in (None, 6):
         rewrite_config(tmp_path / "base", sliding_window=window)
-        setup = Setup(tmp_path / "base", {"a": adapter}, Oracle(tmp_path / "base", {"a": adapter}))
+        adapters = {"a": adapter}
+        setup = Setup(FAMILIES["mistral"], tmp_path / "base", adapters, Oracle(tmp_path / "base", adapters))
         harness = harness_of(setup, tmp_path / f"store{window}", prefill_chunk_tokens=5, block_tokens=4)
         answers[window] = harness.run([long, replace(long, adapter="")])[0].token_ids
         assert answers[window] == expected(setup, long)

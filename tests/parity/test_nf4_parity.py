@@ -1,4 +1,4 @@
-"""NF4: the served model against bitsandbytes' own Linear4bit with PEFT, on SmolLM2.
+"""NF4: the served model against bitsandbytes' own Linear4bit with PEFT, on SmolLM2 and tiny models.
 
 Each form of serving against the oracle that computes as it does: native code against exact float32 products;
 torch with bitsandbytes' fused kernel against the same kernel.
@@ -22,6 +22,7 @@ from server.request import Request, SamplingParams
 from server.sequence import Sequence
 from tests.bench.adapters import write_random_adapter
 from tests.kernels.conditions import KERNELS
+from tests.models import ARCHITECTURES, FAMILIES, Family, build_tiny_model
 from tests.parity.harness import Ask, Harness
 
 PROMPTS = [
@@ -63,28 +64,44 @@ class Pair:
     oracle: Any
 
 
-@pytest.fixture(scope="module", params=[name for name, form in FORMS.items() if form.kernels in KERNELS])
-def pair(
-    request: pytest.FixtureRequest, smollm2_cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Pair]:
-    form = FORMS[request.param]
+CASES = [
+    (base, name)
+    for base in ("smollm2", *ARCHITECTURES)
+    for name, form in FORMS.items()
+    if form.kernels in KERNELS and (base == "smollm2" or form.dtype == "float32")
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=" ".join)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    name, form = request.param[0], FORMS[request.param[1]]
     root = tmp_path_factory.mktemp("nf4")
-    options: dict[str, Any] = {"device": "cpu", "cache_dir": smollm2_cache, "progress": False}
-    base = load_base("smollm2", kernels=form.kernels, dtype=form.dtype, **options)  # type: ignore[arg-type]
+    family = FAMILIES.get(name, Family("llama", layers=30))
+    tiny = name in FAMILIES
+    source = str(build_tiny_model(root / "base", name)) if tiny else name
+    cache = request.getfixturevalue("base_cache" if tiny else "smollm2_cache")
+    options: dict[str, Any] = {"device": "cpu", "cache_dir": cache, "progress": False}
+    base = load_base(source, kernels=form.kernels, dtype=form.dtype, **options)  # type: ignore[arg-type]
     adapters = {
         name: write_random_adapter(root / name, base.layout, rank=8, seed=i) for i, name in enumerate("ab")
     }
-    dtype = "float32" if form.exact_oracle else "auto"
-    train = load_base("smollm2", purpose="train", dtype=dtype, **options)  # type: ignore[arg-type]
+    harness = Harness(base, root / "store", adapters, max_context_tokens=256)
+    assert harness.core.runner.fused_layers == (
+        family.layers if family.fused and form.kernels == "native" else 0
+    )
+    yield Pair(form, base, harness, oracle_of(source, adapters, form, options))
+    harness.close()
+
+
+def oracle_of(source: str, adapters: dict[str, Path], form: Form, options: dict[str, Any]) -> Any:
+    dtype: Any = "float32" if form.exact_oracle else "auto"
+    train = load_base(source, purpose="train", dtype=dtype, **options)
     oracle: Any = PeftModel.from_pretrained(train.model, adapters["a"], adapter_name="a")
     oracle.load_adapter(adapters["b"], adapter_name="b")
     for module in oracle.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # this copy of the base only evaluates
             module.support_avx512bf16_for_cpu = fused_kernel_works() and not form.exact_oracle
-    harness = Harness(base, root / "store", adapters, max_context_tokens=256)
-    assert harness.core.runner.fused_layers == (30 if form.kernels == "native" else 0)
-    yield Pair(form, base, harness, oracle.eval())
-    harness.close()
+    return oracle.eval()
 
 
 @torch.inference_mode()
