@@ -1,10 +1,10 @@
-"""A whole pre-norm decoder layer in one native call. Knows shapes and pointers, not transformers.
+"""A whole decoder layer in one native call. Knows shapes and pointers, not transformers.
 
 T tokens, D hidden features, R rotated dimensions of a head.
 
 The call computes what its parts do one by one, in the same order on the same rows: norm, q/k/v, rotary,
-keys and values into the cache, attention, output projection, residual, norm, gate and up, activation, down,
-residual.
+keys and values into the cache, attention, output projection, norm, residual, norm, gate and up, activation,
+down, norm, residual; each norm only where there is one.
 """
 
 import ctypes
@@ -30,23 +30,26 @@ class LayerParts:
         qkv: the projections for queries, keys and values; or one that computes all three side by side.
         gate_up: those of the gated activation, or one for both.
         input_norm, mlp_norm: [D], before attention and before the activation.
-        attention_norm, after_mlp_norm: [D], of what is added to the residual; None if nothing normalises it.
-        query_norm, key_norm: per head, before rotary.
+        attention_norm, after_mlp_norm: [D], of what is added to the residual.
+        query_norm, key_norm: before rotary; per head, or with norm_all_heads over all heads together.
+        residual_scale: factor of what is added to the residual.
         heads: query heads.
-        rotary_width: R.
+        rotary_width: R; 0 if positions are not rotated.
     """
 
     qkv: Sequence[PackedLinear]
     output: PackedLinear
     gate_up: Sequence[PackedLinear]
     down: PackedLinear
-    input_norm: Tensor
-    mlp_norm: Tensor
+    input_norm: Tensor | None
+    mlp_norm: Tensor | None
     attention_norm: Tensor | None
     after_mlp_norm: Tensor | None
     query_norm: Tensor | None
     key_norm: Tensor | None
+    norm_all_heads: bool
     norm_epsilon: float
+    residual_scale: float
     activation: Activation
     rule: AttentionRule
     heads: int
@@ -109,10 +112,12 @@ def _layer_record(parts: LayerParts) -> LayerRecord:
         ctypes.pointer(parts.cache),
         rule_record(parts.rule, parts.heads),
         parts.norm_epsilon,
+        parts.residual_scale,
         len(parts.qkv),
         len(parts.gate_up),
         parts.output.out_features,
         parts.down.in_features,
         parts.rotary_width,
         parts.activation,
+        parts.norm_all_heads,
     )

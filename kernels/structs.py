@@ -120,12 +120,14 @@ class LayerRecord(Structure):
         ("cache", POINTER(CacheRecord)),
         ("rule", RuleRecord),
         ("norm_epsilon", c_float),
+        ("residual_scale", c_float),
         ("qkv_parts", c_int32),
         ("gate_up_parts", c_int32),
         ("hidden", c_int32),
         ("intermediate", c_int32),
         ("rotary_width", c_int32),
         ("activation", c_int32),
+        ("norm_all_heads", c_int32),
     )
 
 

@@ -6,7 +6,7 @@ Layers that are built otherwise, or whose results differ, stay transformers' own
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from kernels.decoder_layer import DecoderLayer, LayerParts, LayerStep
 from kernels.linear import PackedLinear
 from kernels.paging import PagedRows
 from kernels.structs import Activation, CacheRecord
-from server.kv_cache import LayerProbe, NativeStep
+from server.kv_cache import LayerProbe, LayerShape, NativeStep
 
 log = logging.getLogger(__name__)
 
@@ -107,19 +107,14 @@ def fuse_layers(model: Any, probe: LayerProbe, caches: NativeCaches, routing: Ro
     name, layers = _decoder_layers(model, len(probe.shapes))
     calls = _recorded_calls(model, layers, caches)
     built = [
-        _native_layer(layer, _Place(index, probe, caches.records[index], call))
+        _fused_layer(layer, _Place(index, probe, caches.records[index], call), routing)
         for index, (layer, call) in enumerate(zip(layers, calls, strict=True))
     ]
-    natives = [native for native in built if native is not None]
-    if not layers or len(natives) < len(layers):
+    fused = [layer for layer in built if layer is not None]
+    if not layers or len(fused) < len(layers):
         log.info("decoder layers of %s run module by module: they are built otherwise", type(model).__name__)
         return 0
-    fused = [
-        FusedLayer(layer, native, routing, in_tuple=call.in_tuple)
-        for layer, native, call in zip(layers, natives, calls, strict=True)
-    ]
-    errors = [_difference(layer, call) for layer, call in zip(fused, calls, strict=True)]
-    worst = max(errors)
+    worst = max(difference for _, difference in fused)
     if not worst <= _TOLERANCE:
         log.warning(
             "decoder layers of %s run module by module: fused they differ by %.1e",
@@ -127,7 +122,7 @@ def fuse_layers(model: Any, probe: LayerProbe, caches: NativeCaches, routing: Ro
             worst,
         )
         return 0
-    model.set_submodule(name, nn.ModuleList(fused))
+    model.set_submodule(name, nn.ModuleList(layer for layer, _ in fused))
     log.info("decoder layers fused count=%d relative_difference=%.1e", len(fused), worst)
     return len(fused)
 
@@ -140,8 +135,25 @@ def _decoder_layers(model: nn.Module, count: int) -> tuple[str, Sequence[nn.Modu
     return "", []
 
 
-def _native_layer(layer: Any, place: _Place) -> DecoderLayer | None:
-    """The native form, None if the layer has other parts than that."""
+def _fused_layer(layer: Any, place: _Place, routing: Routing) -> tuple[FusedLayer, float] | None:
+    """The layer and how far it is from transformers' own; None if that has other parts.
+
+    Some layers are given rotary angles and do not use them; which, their own result tells.
+    """
+    parts = _parts_of(layer, place)
+    if parts is None:
+        return None
+    tried = []
+    for form in (parts, replace(parts, rotary_width=0)):
+        fused = FusedLayer(layer, DecoderLayer(form), routing, in_tuple=place.call.in_tuple)
+        tried.append((fused, _difference(fused, place.call)))
+        if tried[-1][1] <= _TOLERANCE:
+            return tried[-1]
+    return tried[0]
+
+
+def _parts_of(layer: Any, place: _Place) -> LayerParts | None:
+    """What the layer is made of, None if those are not the parts of a decoder layer, in its sizes."""
     attention, mlp = layer.self_attn, getattr(layer, "mlp", None)
     qkv = _packed(attention, ("q_proj", "k_proj", "v_proj")) or _packed(attention, ("qkv_proj",))
     output = _packed(attention, ("o_proj",))
@@ -149,47 +161,48 @@ def _native_layer(layer: Any, place: _Place) -> DecoderLayer | None:
     down = _packed(mlp, ("down_proj",))
     activation = _activation_of(mlp)
     norms = _norms_of(layer)
-    if not (qkv and output and gate_up and down and norms) or activation is None:
-        return None
-    head_norms = [_norm(attention, name) for name in ("q_norm", "k_norm")]
-    shape, rule = place.probe.shapes[place.index], place.probe.rules[place.index]
     rotary_width = place.call.rotary_width
-    heads = output[0].in_features // shape.value_width
-    per_head = all(norm is None or len(norm.weight) == shape.key_width for norm in head_norms)
-    widths = heads * shape.key_width + shape.kv_heads * (shape.key_width + shape.value_width)
-    if not per_head or sum(part.out_features for part in qkv) != widths:
+    if not (qkv and output and gate_up and down and norms and rotary_width) or activation is None:
         return None
-    hidden, gated = output[0].out_features, down[0].in_features
-    if sum(part.out_features for part in gate_up) != 2 * gated or down[0].out_features != hidden:
-        return None
-    if any(part.in_features != hidden for part in (*qkv, *gate_up)):
-        return None
-    if any(len(norm.weight) != hidden for norm in norms.values()):
-        return None
-    if rotary_width is None or rotary_width % 2 or rotary_width > shape.key_width:
-        return None
-    epsilons = {norm.epsilon for norm in (*norms.values(), *head_norms) if norm is not None}
-    if len(epsilons) != 1:
-        return None
-    return DecoderLayer(
-        LayerParts(
-            qkv=qkv,
-            output=output[0],
-            gate_up=gate_up,
-            down=down[0],
-            input_norm=norms["input_norm"].weight,
-            mlp_norm=norms["mlp_norm"].weight,
-            attention_norm=_weight(norms.get("attention_norm")),
-            after_mlp_norm=_weight(norms.get("after_mlp_norm")),
-            query_norm=_weight(head_norms[0]),
-            key_norm=_weight(head_norms[1]),
-            norm_epsilon=epsilons.pop(),
-            activation=activation,
-            rule=rule,
-            heads=heads,
-            rotary_width=rotary_width,
-            cache=place.record,
-        )
+    norms |= {"query_norm": _norm(attention, "q_norm"), "key_norm": _norm(attention, "k_norm")}
+    epsilons = {norm.epsilon for norm in norms.values() if norm is not None}
+    weights = {name: None if norm is None else norm.weight for name, norm in norms.items()}
+    shape = place.probe.shapes[place.index]
+    head_norms = [weights[name] for name in ("query_norm", "key_norm")]
+    parts = LayerParts(
+        qkv=qkv,
+        output=output[0],
+        gate_up=gate_up,
+        down=down[0],
+        **weights,
+        norm_all_heads=any(weight is not None and len(weight) != shape.key_width for weight in head_norms),
+        norm_epsilon=max(epsilons),
+        residual_scale=getattr(layer, "residual_multiplier", 1.0),
+        activation=activation,
+        rule=place.probe.rules[place.index],
+        heads=output[0].in_features // shape.value_width,
+        rotary_width=rotary_width,
+        cache=place.record,
+    )
+    return parts if len(epsilons) == 1 and _fits(parts, shape) else None
+
+
+def _fits(parts: LayerParts, shape: LayerShape) -> bool:
+    """Whether every part takes what the one before it gives: native code relies on it."""
+    hidden, gated, head = parts.output.out_features, parts.down.in_features, shape.key_width
+    of_hidden = (parts.input_norm, parts.attention_norm, parts.mlp_norm, parts.after_mlp_norm)
+    normed = (parts.heads, shape.kv_heads) if parts.norm_all_heads else (1, 1)
+    of_heads = zip((parts.query_norm, parts.key_norm), normed, strict=True)
+    return (
+        sum(part.out_features for part in parts.qkv) == parts.heads * head + shape.values_per_token
+        and parts.output.in_features == parts.heads * shape.value_width
+        and sum(part.out_features for part in parts.gate_up) == 2 * gated
+        and parts.down.out_features == hidden
+        and all(part.in_features == hidden for part in (*parts.qkv, *parts.gate_up))
+        and all(weight is None or len(weight) == hidden for weight in of_hidden)
+        and all(weight is None or len(weight) == heads * head for weight, heads in of_heads)
+        and parts.rotary_width % 2 == 0
+        and parts.rotary_width <= head
     )
 
 
@@ -204,28 +217,27 @@ def _norm(parent: Any, name: str) -> NativeRMSNorm | None:
     return norm if isinstance(norm, NativeRMSNorm) else None
 
 
-def _weight(norm: NativeRMSNorm | None) -> Tensor | None:
-    return None if norm is None else norm.weight
+_NORM_PLACES = (
+    {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    {"attention_norm": "post_attention_layernorm", "after_mlp_norm": "post_feedforward_layernorm"},
+    {
+        "input_norm": "input_layernorm",
+        "attention_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "after_mlp_norm": "post_feedforward_layernorm",
+    },
+)
+"""Norms by place: before attention and activation (most), after both (OLMo 2), around both (Gemma 2)."""
 
 
-_NORMS_BEFORE = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-_NORMS_AROUND = {
-    "input_norm": "input_layernorm",
-    "attention_norm": "post_attention_layernorm",
-    "mlp_norm": "pre_feedforward_layernorm",
-    "after_mlp_norm": "post_feedforward_layernorm",
-}
-
-
-def _norms_of(layer: Any) -> dict[str, NativeRMSNorm]:
-    """Norms by their place: around attention and activation (Gemma 2 and 3), or before each (most others).
-
-    Empty if any of them has no native form.
-    """
-    places = _NORMS_AROUND if hasattr(layer, "pre_feedforward_layernorm") else _NORMS_BEFORE
-    norms = {place: _norm(layer, name) for place, name in places.items()}
-    found = {place: norm for place, norm in norms.items() if norm is not None}
-    return found if len(found) == len(places) else {}
+def _norms_of(layer: nn.Module) -> dict[str, NativeRMSNorm | None]:
+    """A layer's norms by their place; empty if they are others, or any of them has no native form."""
+    names = {name for name, _ in layer.named_children() if name.endswith("norm")}
+    for places in _NORM_PLACES:
+        norms = {place: _norm(layer, name) for place, name in places.items()}
+        if set(places.values()) == names and all(norms.values()):
+            return dict.fromkeys(_NORM_PLACES[-1]) | norms
+    return {}
 
 
 def _activation_of(mlp: Any) -> Activation | None:

@@ -91,7 +91,7 @@ FAMILIES: dict[Architecture, Family] = {
         layers=3,
     ),
     "phi3": Family("phi3", {"sliding_window": 9}, {"sliding_window": None}, projections=_FUSED_PROJECTIONS),
-    "olmo2": Family("olmo2", fused=False),
+    "olmo2": Family("olmo2"),
     "granite": Family(
         "granite",
         {
@@ -106,11 +106,8 @@ FAMILIES: dict[Architecture, Family] = {
             "attention_multiplier": 0.25,
             "logits_scaling": 1.0,
         },
-        fused=False,
     ),
-    "smollm3": Family(
-        "smollm3", {"no_rope_layers": [1, 0, 1]}, {"no_rope_layers": [1, 1, 1]}, layers=3, fused=False
-    ),
+    "smollm3": Family("smollm3", {"no_rope_layers": [1, 0, 1]}, {"no_rope_layers": [1, 1, 1]}, layers=3),
     "gpt_neox": Family(
         "gpt_neox",
         {"rotary_pct": 0.5},

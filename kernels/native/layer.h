@@ -51,17 +51,22 @@ QC_INLINE Workspace carve(const qc_layer &layer, const qc_step &step, float *mem
   return work;
 }
 
-// Norms per head, rotary positions, and keys and values into the cache.
+// Norms of queries and keys, rotary positions, and keys and values into the cache.
 QC_INLINE void place_heads_of_row(const qc_layer &layer, const qc_step &step, float *qkv, int64_t row) {
   const LayerShape shape(layer);
   const qc_cache &cache = *layer.cache;
   const int heads = layer.rule.heads, kv_heads = cache.kv_heads, width = cache.key_width;
   const int64_t slot = slot_of_row(step.paging, row) * kv_heads;
   const float *cosines = step.cosines + row * layer.rotary_width, *sines = step.sines + row * layer.rotary_width;
+  if (layer.norm_all_heads) {
+    float *keys = qkv + shape.query_width;
+    if (layer.query_norm) norm_row(qkv, layer.query_norm, qkv, (int)shape.query_width, layer.norm_epsilon);
+    if (layer.key_norm) norm_row(keys, layer.key_norm, keys, (int)shape.kv_key_width, layer.norm_epsilon);
+  }
   for (int unit = 0; unit < heads + kv_heads; ++unit) {
     float *head = qkv + (int64_t)unit * width;
     const float *norm = unit < heads ? layer.query_norm : layer.key_norm;
-    if (norm) norm_row(head, norm, head, width, layer.norm_epsilon);
+    if (norm && !layer.norm_all_heads) norm_row(head, norm, head, width, layer.norm_epsilon);
     if (layer.rotary_width) rotate_head(head, cosines, sines, layer.rotary_width);
     if (unit >= heads) write_head(head, cache.keys, cache.type, (slot + unit - heads) * width, width);
   }
@@ -71,12 +76,20 @@ QC_INLINE void place_heads_of_row(const qc_layer &layer, const qc_step &step, fl
                (slot + head) * cache.value_width, cache.value_width);
 }
 
-// x += product of `linear` and `input`, normalised first where the layer does that.
+// Rows of x as the next product takes them: normalised, where there is a norm.
+QC_INLINE const float *normalised(const qc_layer &layer, const qc_step &step, const float *norm, const float *x,
+                                  const Workspace &work, const Crew &crew) {
+  if (!norm) return x;
+  norm_rows(x, layer.hidden, norm, work.normed, layer.hidden, step.rows, layer.hidden, layer.norm_epsilon, crew);
+  return work.normed;
+}
+
+// x += product of `linear` and `input`, normalised and scaled first where the layer does that.
 QC_INLINE void add_to_residual(const qc_layer &layer, const qc_step &step, const qc_linear *linear, const float *norm,
                                const float *input, int64_t width, float *x, const Workspace &work, const Crew &crew) {
   const qc_linear *const parts[] = {linear};
   const int64_t hidden = layer.hidden;
-  if (!norm) {
+  if (!norm && layer.residual_scale == 1.0f) {
     linear_with_update(parts, 1, input, width, x, hidden, step.rows, step.segments, step.segment_count, work.lora,
                        true, true, crew);
     return;
@@ -85,10 +98,11 @@ QC_INLINE void add_to_residual(const qc_layer &layer, const qc_step &step, const
                      work.lora, false, true, crew);
   each_row(step.rows, kRowsPerPiece, crew, [&](int64_t row) {
     float *added = work.projected + row * hidden, *place = x + row * hidden;
-    norm_row(added, norm, added, layer.hidden, layer.norm_epsilon);
-    for (int i = 0; i < layer.hidden; i += 16)
-      store_upto(place + i, load_upto(place + i, layer.hidden - i) + load_upto(added + i, layer.hidden - i),
-                 layer.hidden - i);
+    if (norm) norm_row(added, norm, added, layer.hidden, layer.norm_epsilon);
+    for (int i = 0; i < layer.hidden; i += 16) {
+      const int n = layer.hidden - i;
+      store_upto(place + i, load_upto(place + i, n) + load_upto(added + i, n) * set1(layer.residual_scale), n);
+    }
   });
 }
 
@@ -97,16 +111,16 @@ void layer_forward(const qc_layer &layer, const qc_step &step, float *x, float *
   const Workspace work = carve(layer, step, memory);
   const int64_t rows = step.rows, hidden = layer.hidden, qkv_width = shape.qkv_width();
   const int64_t attended_width = shape.attended_width(layer), gate_up_width = 2 * (int64_t)layer.intermediate;
-  norm_rows(x, hidden, layer.input_norm, work.normed, hidden, rows, layer.hidden, layer.norm_epsilon, crew);
-  linear_with_update(layer.qkv, layer.qkv_parts, work.normed, hidden, work.qkv, qkv_width, rows, step.segments,
+  const float *input = normalised(layer, step, layer.input_norm, x, work, crew);
+  linear_with_update(layer.qkv, layer.qkv_parts, input, hidden, work.qkv, qkv_width, rows, step.segments,
                      step.segment_count, work.lora, false, true, crew);
   each_row(rows, kRowsPerPiece, crew,
            [&](int64_t row) { place_heads_of_row(layer, step, work.qkv + row * qkv_width, row); });
   attention_rows(*layer.cache, step.paging, layer.rule, work.qkv, qkv_width, work.attended, attended_width, rows,
                  crew);
   add_to_residual(layer, step, layer.output, layer.attention_norm, work.attended, attended_width, x, work, crew);
-  norm_rows(x, hidden, layer.mlp_norm, work.normed, hidden, rows, layer.hidden, layer.norm_epsilon, crew);
-  linear_with_update(layer.gate_up, layer.gate_up_parts, work.normed, hidden, work.gate_up, gate_up_width, rows,
+  input = normalised(layer, step, layer.mlp_norm, x, work, crew);
+  linear_with_update(layer.gate_up, layer.gate_up_parts, input, hidden, work.gate_up, gate_up_width, rows,
                      step.segments, step.segment_count, work.lora, false, true, crew);
   gated_rows(work.gate_up, gate_up_width, work.gated, layer.intermediate, rows, layer.intermediate, layer.activation,
              crew);

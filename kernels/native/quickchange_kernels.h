@@ -73,24 +73,27 @@ typedef struct {
   int32_t heads;   // H, a multiple of kv_heads
 } qc_attention_rule;
 
-// One pre-norm decoder layer: x += o(attention(rotary(qkv(norm(x))))), x += down(act(gate(norm(x)))·up(norm(x))).
+// One decoder layer, each norm only where there is one:
+// x += s·norm(o(attention(rotary(norm(qkv(norm(x))))))), x += s·norm(down(act(gate(norm(x)))·up(norm(x)))).
 typedef struct {
   const qc_linear *qkv[3];  // q, k, v; or one that computes all three side by side
   const qc_linear *output;
   const qc_linear *gate_up[2];  // gate, up; or one that computes both side by side
   const qc_linear *down;
-  const float *input_norm;      // [hidden]
-  const float *attention_norm;  // [hidden]: after attention, before the residual is added; null: none
-  const float *mlp_norm;        // [hidden]
-  const float *after_mlp_norm;  // [hidden]: before the residual is added; null: none
-  const float *query_norm, *key_norm;  // [E] per head, before rotary; null: none
+  const float *input_norm;      // [hidden], this and the next three: before attention
+  const float *attention_norm;  // after attention, before the residual is added
+  const float *mlp_norm;        // before gate and up
+  const float *after_mlp_norm;  // before the residual is added
+  const float *query_norm, *key_norm;  // before rotary: [E] per head, or [H·E] and [K·E]
   const qc_cache *cache;
   qc_attention_rule rule;
   float norm_epsilon;
+  float residual_scale;  // s, of what is added to the residual
   int32_t qkv_parts, gate_up_parts;
   int32_t hidden, intermediate;
-  int32_t rotary_width;  // leading dimensions of each head that are rotated, in halves
-  int32_t activation;    // qc_activation
+  int32_t rotary_width;    // leading dimensions of each head that are rotated, in halves; 0: none
+  int32_t activation;      // qc_activation
+  int32_t norm_all_heads;  // query_norm and key_norm are over all heads together
 } qc_layer;
 
 // What all layers of a step share.

@@ -39,11 +39,13 @@ FUSED: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
     "phi3": {},
+    "olmo2": {},  # norms after attention and activation; one norm for the queries of all heads
+    "granite": {"residual_multiplier": 0.5},
+    "smollm3": {"no_rope_layers": [1, 0]},
 }
 UNFUSED: dict[str, dict[str, Any]] = {
-    "granite": {"residual_multiplier": 0.5},  # looks like Llama, and is not
     "glm": {"head_dim": 16},  # rotates neighbours instead of halves
-    "olmo2": {},
+    "gpt_neox": {},
     "starcoder2": {},
     "cohere": {},
 }

@@ -1,6 +1,8 @@
 // A whole decoder layer: against the operations one by one, and against the formula.
 #pragma once
 
+#include <algorithm>
+
 #include "attention_cases.h"
 #include "linear_cases.h"
 #include "row_cases.h"
@@ -53,12 +55,14 @@ inline void place_rows(LayerCase &test, Random &random, int rows) {
 
 inline void give_norms(LayerCase &test, Random &random) {
   qc_layer &record = test.record;
-  record.input_norm = (test.input_norm = random_norm(random, record.hidden)).data();
-  record.mlp_norm = (test.mlp_norm = random_norm(random, record.hidden)).data();
+  const int query_width = record.norm_all_heads ? test.query_width() : test.shape.key_width;
+  const int key_width = record.norm_all_heads ? test.kv_key_width() : test.shape.key_width;
+  if (random.below(4)) record.input_norm = (test.input_norm = random_norm(random, record.hidden)).data();
+  if (random.below(4)) record.mlp_norm = (test.mlp_norm = random_norm(random, record.hidden)).data();
   if (random.coin()) record.attention_norm = (test.attention_norm = random_norm(random, record.hidden)).data();
   if (random.coin()) record.after_mlp_norm = (test.after_mlp_norm = random_norm(random, record.hidden)).data();
-  if (random.coin()) record.query_norm = (test.query_norm = random_norm(random, test.shape.key_width)).data();
-  if (random.coin()) record.key_norm = (test.key_norm = random_norm(random, test.shape.key_width)).data();
+  if (random.coin()) record.query_norm = (test.query_norm = random_norm(random, query_width)).data();
+  if (random.coin()) record.key_norm = (test.key_norm = random_norm(random, key_width)).data();
 }
 
 inline LayerCase layer_case(Random &random, int rows) {
@@ -72,6 +76,8 @@ inline LayerCase layer_case(Random &random, int rows) {
   record.rule = {1.0f / sqrtf((float)key_width), random.one_of({0.0f, 0.0f, 20.0f}), random.one_of({0, 0, 4, 17, 255}),
                  test.shape.kv_heads * random.one_of({1, 2, 3, 5})};
   record.norm_epsilon = 1e-5f;
+  record.residual_scale = random.one_of({1.0f, 1.0f, 0.3f});
+  record.norm_all_heads = random.coin();
   record.rotary_width = random.one_of({0, 8, key_width, key_width});
   record.activation = random.coin() ? QC_SILU : QC_GELU_TANH;
   give_norms(test, random);
@@ -136,22 +142,31 @@ inline Matrix one_by_one(const LayerCase &test, const Cache &cache, const LayerS
                       step.segments.data(), step.segments.size(), accumulate, 1);
   };
   auto add = [&](const std::vector<Linear> &parts, const Matrix &from, const float *weight, const Matrix &to) {
-    if (!weight) return linear(parts, from, to, true);
+    if (!weight && record.residual_scale == 1.0f) return linear(parts, from, to, true);
     const Matrix added(rows, hidden, 0, 0.0f);
     linear(parts, from, added, false);
-    norm(added.floats.data(), weight, added.floats.data(), hidden, hidden);
-    for (int64_t i = 0; i < to.floats.size(); ++i) to.floats[i] += added.floats[i];
+    if (weight) norm(added.floats.data(), weight, added.floats.data(), hidden, hidden);
+    for (int64_t i = 0; i < to.floats.size(); ++i) to.floats[i] += added.floats[i] * record.residual_scale;
+  };
+
+  auto normed = [&](const Matrix &from, const float *weight) {
+    Matrix to = from;
+    if (weight) norm(from.floats.data(), weight, to.floats.data(), hidden, hidden);
+    return to;
+  };
+  // One weight over all heads, or the same one for each.
+  auto norm_heads = [&](float *first, const float *weight, int heads) {
+    if (!weight) return;
+    const int times = record.norm_all_heads ? 1 : heads, each = heads * width / times;
+    for (int i = 0; i < times; ++i) norm(first + i * each, weight, first + i * each, qkv_width, each);
   };
 
   Matrix y = x;
-  const Matrix normed(rows, hidden, 0, 0.0f), qkv(rows, qkv_width, 0, 0.0f);
-  norm(y.floats.data(), record.input_norm, normed.floats.data(), hidden, hidden);
-  linear(test.qkv, normed, qkv, false);
+  const Matrix qkv(rows, qkv_width, 0, 0.0f);
+  linear(test.qkv, normed(y, record.input_norm), qkv, false);
   float *queries = qkv.floats.data(), *keys = queries + test.query_width(), *values = keys + test.kv_key_width();
-  for (int h = 0; h < record.rule.heads && record.query_norm; ++h)
-    norm(queries + h * width, record.query_norm, queries + h * width, qkv_width, width);
-  for (int h = 0; h < test.shape.kv_heads && record.key_norm; ++h)
-    norm(keys + h * width, record.key_norm, keys + h * width, qkv_width, width);
+  norm_heads(queries, record.query_norm, record.rule.heads);
+  norm_heads(keys, record.key_norm, test.shape.kv_heads);
   if (record.rotary_width)
     qc_rotary(queries, qkv_width, record.rule.heads + test.shape.kv_heads, width, step.cosines.floats.data(),
               step.sines.floats.data(), record.rotary_width, rows, 1);
@@ -160,9 +175,8 @@ inline Matrix one_by_one(const LayerCase &test, const Cache &cache, const LayerS
   qc_attention(&cache.record, &step.paging.record, &record.rule, queries, qkv_width, mixed.floats.data(), mixed.ld,
                rows, 1);
   add(test.output, mixed, record.attention_norm, y);
-  norm(y.floats.data(), record.mlp_norm, normed.floats.data(), hidden, hidden);
   const Matrix gate_up(rows, 2 * record.intermediate, 0, 0.0f), gated(rows, record.intermediate, 0, 0.0f);
-  linear(test.gate_up, normed, gate_up, false);
+  linear(test.gate_up, normed(y, record.mlp_norm), gate_up, false);
   qc_gated(gate_up.floats.data(), gate_up.ld, gated.floats.data(), gated.ld, rows, record.intermediate,
            record.activation, 1);
   add(test.down, gated, record.after_mlp_norm, y);
@@ -190,35 +204,43 @@ inline std::vector<Expected> layer_reference(const LayerCase &test, Past past, c
       return value_of(products(parts, row.data(), route, true));
     };
     std::vector<double> y(x.row(r), x.row(r) + x.width);
-    const std::vector<double> qkv = product(test.qkv, normed(y, record.input_norm));
-    auto head = [&](int unit, const float *weight) {
-      const std::vector<double> row = normed({qkv.begin() + unit * width, qkv.begin() + (unit + 1) * width}, weight);
+    std::vector<double> qkv = product(test.qkv, normed(y, record.input_norm));
+    auto norm_heads = [&](int begin, int end, const float *weight) {
+      const int each = record.norm_all_heads ? end - begin : width;
+      for (int i = begin; i < end; i += each) {
+        const std::vector<double> row = normed({qkv.begin() + i, qkv.begin() + i + each}, weight);
+        std::copy(row.begin(), row.end(), qkv.begin() + i);
+      }
+    };
+    norm_heads(0, test.query_width(), record.query_norm);
+    norm_heads(test.query_width(), test.query_width() + test.kv_key_width(), record.key_norm);
+    auto head = [&](int unit) {
       std::vector<Expected> rotated;
-      for (double each : row) rotated.push_back({each, 0.0});
+      for (int i = unit * width; i < (unit + 1) * width; ++i) rotated.push_back({qkv[(size_t)i], 0.0});
       if (record.rotary_width)
         rotate(rotated.data(), step.cosines.row(r), step.sines.row(r), record.rotary_width);
       return value_of(rotated);
     };
     std::vector<double> &keys = past.keys[(size_t)place.sequence], &values = past.values[(size_t)place.sequence];
     for (int h = 0; h < test.shape.kv_heads; ++h)
-      for (double each : head(record.rule.heads + h, record.key_norm)) keys.push_back(each);
+      for (double each : head(record.rule.heads + h)) keys.push_back(each);
     values.insert(values.end(), qkv.end() - test.kv_value_width(), qkv.end());
     std::vector<double> mixed;
     for (int h = 0; h < record.rule.heads; ++h) {
-      const std::vector<double> query = head(h, record.query_norm);
+      const std::vector<double> query = head(h);
       const int kv_head = h / (record.rule.heads / test.shape.kv_heads);
       for (const Expected &each : attended(past, place, kv_head, shape, record.rule, query.data()))
         mixed.push_back(each.value);
     }
     const std::vector<double> from_attention = normed(product(test.output, mixed), record.attention_norm);
-    for (size_t i = 0; i < y.size(); ++i) y[i] += from_attention[i];
+    for (size_t i = 0; i < y.size(); ++i) y[i] += from_attention[i] * record.residual_scale;
     const std::vector<double> pair = product(test.gate_up, normed(y, record.mlp_norm));
     std::vector<double> activation;
     for (int i = 0; i < record.intermediate; ++i)
       activation.push_back(gated(pair[(size_t)i], pair[(size_t)(record.intermediate + i)], record.activation).value);
     const std::vector<double> from_mlp = normed(product(test.down, activation), record.after_mlp_norm);
     double largest = 0.0;
-    for (size_t i = 0; i < y.size(); ++i) largest = fmax(largest, fabs(y[i] += from_mlp[i]));
+    for (size_t i = 0; i < y.size(); ++i) largest = fmax(largest, fabs(y[i] += from_mlp[i] * record.residual_scale));
     for (double each : y) results.push_back({each, largest});
   }
   return results;
@@ -234,11 +256,13 @@ inline void same_cache(const Examination &exam, const char *what, const Cache &g
 inline void examine(Examination &exam, Random &random, const LayerCase &test) {
   const qc_layer &record = test.record;
   const int rows = (int)test.rows.size(), hidden = record.hidden, window = record.rule.window;
-  exam.begin("%d rows, hidden %d, %d/%d heads of %d/%d, %d rotated, %zu and %zu parts, norms %d%d%d%d, window %d, %s",
+  exam.begin("%d rows, hidden %d, %d/%d heads of %d/%d, %d rotated, %zu and %zu parts, norms %d%d%d%d%d%d, "
+             "all heads %d, scale %g, window %d, %s",
              rows, hidden, record.rule.heads, test.shape.kv_heads, test.shape.key_width, test.shape.value_width,
-             record.rotary_width, test.qkv.size(), test.gate_up.size(), record.attention_norm != nullptr,
-             record.after_mlp_norm != nullptr, record.query_norm != nullptr, record.key_norm != nullptr, window,
-             test.shape.type == QC_BF16 ? "bfloat16" : "float32");
+             record.rotary_width, test.qkv.size(), test.gate_up.size(), record.input_norm != nullptr,
+             record.attention_norm != nullptr, record.mlp_norm != nullptr, record.after_mlp_norm != nullptr,
+             record.query_norm != nullptr, record.key_norm != nullptr, record.norm_all_heads,
+             (double)record.residual_scale, window, test.shape.type == QC_BF16 ? "bfloat16" : "float32");
   const Past past = random_past(random, test.shape, test.lengths);
   const Matrix x = std::move(Matrix(rows, hidden, 0, 0.0f).random(random, 2.0f));
   Cache before(random, test.shape, test.rows, (int)test.lengths.size(), window, test.block_tokens);
