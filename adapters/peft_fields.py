@@ -26,13 +26,15 @@ _USED = frozenset(
         "use_rslora",
     }
 )
-# Where it came from and how it was trained. The *_config ones only steer an initialisation that
-# init_lora_weights asks for, and that field is checked; a converted CorDA adapter still carries its own.
+# Where it came from and how it was trained. fan_in_fan_out says that the base keeps its weights transposed
+# (GPT-2); the factors are the same. The *_config ones only steer an initialisation that init_lora_weights
+# asks for, and that field is checked; a converted CorDA adapter still carries its own.
 _INFORMATIONAL = frozenset(
     {
         "base_model_name_or_path",
         "corda_config",
         "eva_config",
+        "fan_in_fan_out",
         "inference_mode",
         "loftq_config",
         "lora_dropout",
@@ -53,7 +55,6 @@ _MUST_BE_OFF = {
     "base_model_class": _IMPORTS,
     "enable_lora": f"it was for fused projections of very old PEFT; {_RETRAIN}",
     "ensure_weight_tying": f"it ties an adapter to the embedding; {_RETRAIN}",
-    "fan_in_fan_out": f"only linear layers with [out, in] weights can be adapted here; {_RETRAIN}",
     "kasa_config": f"KaSA truncates the shared base's weights; {_RETRAIN}",
     "layer_replication": f"it restructures the shared base; {_RETRAIN}",
     "lora_bias": f"an adapter may add a low-rank product and no bias; {_RETRAIN}",

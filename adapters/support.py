@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from adapters.errors import UnsupportedBaseError
 from adapters.fingerprint import read_config
 
+_REMEDY = "docs/guides/models.md lists what can be"
 _SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # transformers recomputes these frequencies from the longest sequence of the batch: a request would change its
 # neighbours' answers.
@@ -33,7 +34,9 @@ def supported_config(folder: Path) -> Any:
     config = _load_config(folder)
     reason = next(_config_faults(config), None) or next(_model_faults(config), None)
     if reason:
-        raise UnsupportedBaseError(f"{folder.name} ({config.model_type}) cannot be served: {reason}")
+        raise UnsupportedBaseError(
+            f"{folder.name} ({config.model_type}) cannot be served: {reason}; {_REMEDY}"
+        )
     return config
 
 
@@ -60,12 +63,19 @@ def _config_faults(config: Any) -> Iterator[str]:
     if config.get_text_config() is not config:
         yield "it is multimodal; give the text model alone"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        yield "it is no causal language model"
+        yield "it is no causal language model; give one that answers"
     other_layers = set(getattr(config, "layer_types", None) or ()) - _SERVED_LAYER_TYPES
     if other_layers:
-        yield f"its layers keep more than keys and values ({', '.join(sorted(other_layers))})"
-    if _rope_types(config) & _ROPE_BY_LENGTH:
-        yield "its rotary positions depend on the longest sequence of a batch"
+        yield (
+            f"some of its layers attend neither to the whole past nor to a sliding window "
+            f"({', '.join(sorted(other_layers))})"
+        )
+    by_length = _rope_types(config) & _ROPE_BY_LENGTH
+    if by_length:
+        yield (
+            f"its rotary positions ({', '.join(by_length)}) depend on the longest sequence of a batch; give "
+            "its variant for short contexts, or a fixed rope_type in config.json"
+        )
 
 
 def _rope_types(config: Any) -> set[str]:
@@ -84,19 +94,26 @@ def _model_faults(config: Any) -> Iterator[str]:
         yield "its attention cannot be replaced through transformers' AttentionInterface"
     if "position_ids" not in inspect.signature(model_class.forward).parameters:
         yield "it takes no explicit positions"
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    yield from _module_faults(model)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a model's code makes of a configuration it does not expect
+        yield f"no model can be made of its configuration: {_first_line(error)}"
+    else:
+        yield from _module_faults(model)
 
 
 def _module_faults(model: Any) -> Iterator[str]:
-    if any(getattr(module, "is_causal", True) is False for module in model.modules()):
-        yield "its attention looks ahead; it is an encoder"
+    if any(getattr(owner, "is_causal", True) is False for owner in (model.config, *model.modules())):
+        yield "its attention looks ahead; give a model that was trained to continue text"
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         yield "its output head is not a linear layer"
     fused = next((name for name, parameter in model.named_parameters() if parameter.ndim > 2), None)
     if fused is not None:
-        yield f"{fused} is a fused or convolutional weight, which NF4 and adapters do not reach"
+        yield (
+            f"{fused} is a fused or convolutional weight, which NF4 and adapters do not reach; give a dense "
+            "model instead of a mixture of experts"
+        )
 
 
 def _first_line(error: Exception) -> str:

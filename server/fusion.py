@@ -19,7 +19,8 @@ from kernels.decoder_layer import DecoderLayer, LayerParts, LayerStep
 from kernels.linear import PackedLinear
 from kernels.paging import PagedRows
 from kernels.structs import Activation, CacheRecord
-from server.kv_cache import LayerProbe, LayerShape, NativeStep
+from server.kv_cache import NativeStep
+from server.probe import LayerProbe, LayerShape
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +249,10 @@ def _activation_of(mlp: Any) -> Activation | None:
 
 
 def _recorded_calls(model: nn.Module, layers: Sequence[nn.Module], caches: NativeCaches) -> list[_Call]:
-    """Runs a few tokens through the model, module by module, and records each layer's input and output."""
+    """Runs a few tokens through the model, module by module, and records each layer's input and output.
+
+    They stand where the model's positions end: what a layer does from some position on would not show before.
+    """
     calls: list[_Call] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
@@ -260,10 +264,11 @@ def _recorded_calls(model: nn.Module, layers: Sequence[nn.Module], caches: Nativ
     hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     count = min(_PROBE_TOKENS, caches.block_count * caches.block_tokens)
     ids = torch.arange(count)[None]
+    positions = ids + max(0, (getattr(model.config, "max_position_embeddings", None) or 0) - count)
     step = _probe_step(caches, count)
     try:
         with torch.inference_mode():
-            model(input_ids=ids, position_ids=ids, use_cache=False, paged=step)
+            model(input_ids=ids, position_ids=positions, use_cache=False, paged=step)
     finally:
         for hook in hooks:
             hook.remove()

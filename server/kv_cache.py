@@ -11,26 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from adapters.errors import UnsupportedBaseError
 from kernels.decoder_layer import LayerStep
-from kernels.paged_attention import AttentionPlan, AttentionRule, LayerCache, attend, paged_attention
+from kernels.paged_attention import AttentionPlan, AttentionRule, LayerCache, paged_attention
 from kernels.paging import PagedRows, cache_record, native_paged_attention
 from kernels.structs import CacheRecord
+from server.probe import LayerShape, use_attention
 
 ATTENTION_NAME = "quickchange_paged"
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """What one attention layer keeps per token."""
-
-    kv_heads: int
-    key_width: int
-    value_width: int
-
-    @property
-    def values_per_token(self) -> int:
-        return self.kv_heads * (self.key_width + self.value_width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +43,6 @@ class NativeStep:
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, rule: AttentionRule) -> Tensor:
         """[T, H, E], in native code."""
         return native_paged_attention(q_THE, k_TKE, v_TKE, self.caches[layer], self.rows, rule)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerProbe:
-    """Stands in for a step while the model is asked, once, what each attention layer does."""
-
-    shapes: dict[int, LayerShape] = field(default_factory=dict)
-    rules: dict[int, AttentionRule] = field(default_factory=dict)
 
 
 class KVCache:
@@ -113,31 +92,7 @@ def use_paged_attention(model: nn.Module) -> None:
         UnsupportedBaseError: the architecture does not take another attention.
     """
     AttentionInterface.register(ATTENTION_NAME, _paged_forward)
-    try:
-        model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]  # PreTrainedModel's
-    except ValueError as error:
-        raise UnsupportedBaseError(
-            f"{type(model).__name__} does not let its attention be replaced, so it cannot be served: {error}"
-        ) from error
-
-
-def probe_layers(model: nn.Module, device: torch.device) -> LayerProbe:
-    """Runs two tokens through the model and returns what each attention layer would keep, and how it scores.
-
-    Raises:
-        UnsupportedBaseError: some layer did not use the replaced attention, so its state would be lost.
-    """
-    probe = LayerProbe()
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-    with torch.inference_mode():
-        model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False, paged=probe)
-    expected = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
-    if sorted(probe.shapes) != list(range(expected)):
-        raise UnsupportedBaseError(
-            f"{type(model).__name__}: {len(probe.shapes)} of {expected} layers keep keys and values in the "
-            "usual way; hybrid, recurrent and shared-cache architectures cannot be served yet"
-        )
-    return probe
+    use_attention(model, ATTENTION_NAME)
 
 
 def _paged_forward(
@@ -147,25 +102,17 @@ def _paged_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    paged: PagedStep | NativeStep | LayerProbe,
+    paged: PagedStep | NativeStep,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_unused: object,
+    **_: object,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it: query [1, H, T, E], key and value [1, K, T, E]; returns [1, T, H, E]."""
+    """As transformers calls it: query [1, H, T, E], key and value [1, K, T, E]; returns [1, T, H, E].
+
+    What else a layer passes changes nothing: probe.py has seen to that.
+    """
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # set by every transformers attention
     rule = AttentionRule(scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
-    if isinstance(paged, LayerProbe):
-        paged.rules[layer] = rule
-        paged.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        return _probe_attention(query, key, value, rule), None
     q_THE, k_TKE, v_TKE = (x[0].transpose(0, 1) for x in (query, key, value))
     return paged.attend(layer, q_THE, k_TKE, v_TKE, rule)[None], None
-
-
-def _probe_attention(query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
-    mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    keys, values = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    return attend(query, keys, values, mask, rule).transpose(1, 2)

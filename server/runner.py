@@ -17,7 +17,8 @@ from kernels.paged_attention import AttentionPlan, PrefillSegment
 from kernels.paging import MAX_WIDTH, PagedRows
 from server.batch import Batch, Row
 from server.fusion import NativeCaches, fuse_layers
-from server.kv_cache import KVCache, NativeStep, PagedStep, bytes_per_token, probe_layers, use_paged_attention
+from server.kv_cache import KVCache, NativeStep, PagedStep, bytes_per_token, use_paged_attention
+from server.probe import probe_layers
 
 
 class ModelRunner:
@@ -33,8 +34,8 @@ class ModelRunner:
         """
         self._model = base.model
         self._device, self._storage = base.device, base.storage_dtype
-        use_paged_attention(base.model)
         self._probe = probe_layers(base.model, base.device)
+        use_paged_attention(base.model)
         narrow = all(shape.value_width <= MAX_WIDTH for shape in self._probe.shapes.values())
         self._native = base.kernels == "native" and narrow
         self._fuse = fuse_layers and self._native and base.dtype == torch.float32

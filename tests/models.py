@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 Architecture = Literal[
     "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite",
-    "smollm3", "gpt_neox", "gpt_neox serial",
+    "smollm3", "gpt_neox", "gpt_neox serial", "gpt2",
 ]  # fmt: skip
 
 
@@ -55,6 +55,7 @@ _FUSED_PROJECTIONS = Projections("qkv_proj", "qkv_proj", "qkv_proj", gate="gate_
 _NEOX_PROJECTIONS = Projections(
     *["query_key_value"] * 3, "dense", "dense_h_to_4h", "dense_h_to_4h", "dense_4h_to_h"
 )
+_GPT2_PROJECTIONS = Projections(*["c_attn"] * 3, "c_proj", "c_fc", "c_fc", "mlp.c_proj")
 _ROTATE_ALL = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
@@ -120,6 +121,13 @@ FAMILIES: dict[Architecture, Family] = {
         {"rotary_pct": 0.25, "use_parallel_residual": False},
         {"use_parallel_residual": True, "rope_parameters": _ROTATE_ALL},
         projections=_NEOX_PROJECTIONS,
+        fused=False,
+    ),
+    "gpt2": Family(
+        "gpt2",
+        {"n_inner": 128, "scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_by_inverse_layer_idx": False},
+        projections=_GPT2_PROJECTIONS,
         fused=False,
     ),
 }

@@ -153,6 +153,7 @@ HARMLESS_FIELDS = {
     "corda_config",
     "eva_config",
     "exclude_modules",
+    "fan_in_fan_out",
     "inference_mode",
     "init_lora_weights",
     "layers_pattern",

@@ -19,7 +19,7 @@ def test_decoders_are_served(architecture: Architecture, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "model_type", ["gpt2", "gpt_neox", "phi", "phi3", "opt", "gemma2", "olmo2", "starcoder2"]
+    "model_type", ["cohere2", "exaone4", "glm4", "ministral3", "olmo3", "opt", "phi", "starcoder2"]
 )
 def test_more_decoders_are_served(model_type: str, tmp_path: Path) -> None:
     assert supported_config(_config(tmp_path, model_type)).model_type == model_type
@@ -29,20 +29,49 @@ def test_more_decoders_are_served(model_type: str, tmp_path: Path) -> None:
     ("model_type", "reason"),
     [
         ("t5", "encoder-decoder"),
-        ("mamba", "layers keep more than keys and values"),
-        ("jamba", "layers keep more than keys and values"),
-        ("qwen3_next", "layers keep more than keys and values"),
+        ("bart", "encoder-decoder"),
+        ("mamba", "neither to the whole past nor to a sliding window .linear_attention"),
+        ("jamba", "neither to the whole past nor to a sliding window .linear_attention"),
+        ("qwen3_next", "neither to the whole past nor to a sliding window .linear_attention"),
+        ("llama4_text", "neither to the whole past nor to a sliding window .chunked_attention"),
         ("rwkv", "recurrent state"),
         ("bloom", "AttentionInterface"),
+        ("mpt", "AttentionInterface"),
+        ("falcon", "AttentionInterface"),
         ("bert", "looks ahead"),
-        ("mixtral", "experts.gate_up_proj is a fused"),
-        ("gemma3", "multimodal"),
+        ("mixtral", "experts.gate_up_proj is a fused.*give a dense model"),
+        ("qwen3_moe", "experts.gate_up_proj is a fused.*give a dense model"),
+        ("gpt_oss", "experts.gate_up_proj is a fused.*give a dense model"),
+        ("gemma3", "multimodal; give the text model alone"),
+        ("llama4", "multimodal; give the text model alone"),
         ("vit", "no causal language model"),
     ],
 )
 def test_others_are_refused_with_the_reason(model_type: str, reason: str, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedBaseError, match=reason):
+    with pytest.raises(UnsupportedBaseError, match=rf"{reason}.*docs/guides/models\.md"):
         supported_config(_config(tmp_path, model_type))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change"),
+    [("gemma3_text", {"use_bidirectional_attention": True}), ("llama", {"is_causal": False})],
+)
+def test_a_decoder_that_was_made_an_encoder_is_refused(
+    architecture: Architecture, change: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = build_tiny_model(tmp_path, architecture)
+    rewrite_config(folder, **change)
+    with pytest.raises(UnsupportedBaseError, match="looks ahead"):
+        supported_config(folder)
+
+
+def test_a_configuration_that_makes_no_model_is_refused(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path)
+    rewrite_config(folder, hidden_act="no-such-function")
+    with pytest.raises(
+        UnsupportedBaseError, match=r"no model can be made of its configuration.*no-such-function"
+    ):
+        supported_config(folder)
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "yarn"])
@@ -52,8 +81,17 @@ def test_scaled_positions_are_served(rope_type: str, tmp_path: Path) -> None:
 
 
 def test_positions_that_depend_on_the_batch_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedBaseError, match="longest sequence of a batch"):
+    with pytest.raises(UnsupportedBaseError, match="longest sequence of a batch; give its variant for short"):
         supported_config(_with_rope(tmp_path, "dynamic"))
+
+
+def test_phi3_for_long_contexts_is_refused(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path, "phi3")
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, **factors}
+    rewrite_config(folder, rope_parameters=rope, original_max_position_embeddings=128)
+    with pytest.raises(UnsupportedBaseError, match=r"longrope.*longest sequence of a batch"):
+        supported_config(folder)
 
 
 def test_models_that_bring_code_are_refused_and_the_code_is_not_run(tmp_path: Path) -> None:

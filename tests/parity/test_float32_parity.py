@@ -39,7 +39,7 @@ def adapter_configs(of: Projections) -> dict[str, dict[str, object]]:
             "r": 2,
             "lora_alpha": 4,
             "target_modules": rf".*\.({of.key}|{of.up}|{of.output})",
-            "rank_pattern": {of.up: 7, rf"layers\.1\.\w+\.{of.key}": 3},
+            "rank_pattern": {of.up: 7, rf"\w+\.1\.\w+\.{of.key}": 3},
             "alpha_pattern": {of.output: 16},
         },
         "partial": {"r": 1, "target_modules": [of.query, of.gate], "layers_to_transform": [1]},

@@ -46,6 +46,16 @@ FUSED: dict[str, dict[str, Any]] = {
 UNFUSED: dict[str, dict[str, Any]] = {
     "glm": {"head_dim": 16},  # rotates neighbours instead of halves
     "gpt_neox": {},
+    "ministral3": {  # scales queries by their position, from the original length on
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
     "starcoder2": {},
     "cohere": {},
 }
