@@ -33,11 +33,14 @@ FLAGS: Final = (
     "-Wno-maybe-uninitialized",
 )
 
+_AVX512: Final = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
+
 # What takes longest stands first: two compilers run at once. The generic kernels are only there to be
 # compared with, and -O3 would spend half a minute on them.
 SOURCES: Final = {
     "isa_generic.cpp": ("-O2",),
-    "isa_avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "isa_avx512.cpp": _AVX512,
+    "isa_avx512_bf16.cpp": (*_AVX512, "-mavx512bf16"),
     "isa_avx2.cpp": ("-mavx2", "-mfma"),
     "isa_neon.cpp": (),
     "library.cpp": (),

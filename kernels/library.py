@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from kernels.structs import declare
+from kernels.structs import Bfloat16, declare
 
 ISA_NAMES: Final = ("generic", "neon", "avx2", "avx512")
 """By qc_isa, best last; "generic" is for comparison and is never chosen."""
@@ -68,6 +68,11 @@ class NativeLibrary:
         if name not in self.available:
             raise ValueError(f"{name} is not available here; there is {', '.join(self.available)}")
         self.functions.qc_isa_use(ISA_NAMES.index(name))
+
+    @property
+    def bfloat16(self) -> Bfloat16:
+        """Products of medium precision of the instruction set in use."""
+        return Bfloat16(self.functions.qc_isa_bf16(self.functions.qc_isa_active()))
 
     def spin_for(self, microseconds: int) -> None:
         """How long helper threads look for work before they sleep: long suits an idle machine."""

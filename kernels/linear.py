@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from kernels.library import native
 from kernels.lora import LoraFactors, Segments
-from kernels.structs import ElementType, Factors, Linear, WeightForm
+from kernels.structs import ElementType, Factors, Linear, Precision, WeightForm
 
 TILE = 16
 _WORD = 8  # codes in one 32-bit word
@@ -30,6 +30,9 @@ NF4_VALUES = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 """4-bit NormalFloat, appendix E of the QLoRA paper (Dettmers et al. 2023), by code."""
+
+_NF4_GAIN = 1.437006
+"""Products of medium precision round the values times this to bfloat16: kGain of native/pairs.h."""
 
 ELEMENT_TYPES = {torch.float32: ElementType.FLOAT32, torch.bfloat16: ElementType.BFLOAT16}
 _DENSE_FORMS = {torch.float32: WeightForm.FLOAT32, torch.bfloat16: WeightForm.BFLOAT16}
@@ -53,6 +56,7 @@ class PackedLinear:
         shape: tuple[int, int],
         form: WeightForm,
         group: int = 1,
+        precision: Precision = Precision.HIGHEST,
     ) -> None:
         """
         Args:
@@ -60,6 +64,8 @@ class PackedLinear:
             bias: [O] float32.
             shape: O and D.
             group: columns per scale.
+            precision: of products with NF4 and bfloat16 weights; where the instruction set has none of medium
+                precision, they are of the highest.
         """
         self.out_features, self.in_features = shape
         self.form = form
@@ -76,6 +82,8 @@ class PackedLinear:
             self.out_features,
             form,
             group,
+            precision,
+            0,
         )
 
     @property
@@ -168,7 +176,12 @@ def nf4_group(ins: int, blocksize: int) -> int:
 
 
 def packed_nf4(
-    codes: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int, bias: Tensor | None
+    codes: Tensor,
+    absmax: Tensor,
+    shape: tuple[int, int],
+    blocksize: int,
+    bias: Tensor | None,
+    precision: Precision = Precision.HIGHEST,
 ) -> PackedLinear:
     """A layer from bitsandbytes' NF4 codes; its arguments are copied.
 
@@ -182,15 +195,17 @@ def packed_nf4(
     if group % _WORD:
         return packed_dense(dequantize_nf4(codes, absmax, shape, blocksize), bias)
     weights, scales = pack_nf4(codes, absmax, shape, blocksize)
-    return PackedLinear(weights, scales, _float_bias(bias), shape=shape, form=WeightForm.NF4, group=group)
+    form, kept = WeightForm.NF4, _float_bias(bias)
+    return PackedLinear(weights, scales, kept, shape=shape, form=form, group=group, precision=precision)
 
 
-def packed_dense(weight_OD: Tensor, bias: Tensor | None) -> PackedLinear:
+def packed_dense(
+    weight_OD: Tensor, bias: Tensor | None, precision: Precision = Precision.HIGHEST
+) -> PackedLinear:
     """A layer from a float32 or bfloat16 weight, which is copied and kept in its type."""
     outs, ins = weight_OD.shape
-    return PackedLinear(
-        pack_dense(weight_OD), None, _float_bias(bias), shape=(outs, ins), form=_DENSE_FORMS[weight_OD.dtype]
-    )
+    weights, form = pack_dense(weight_OD), _DENSE_FORMS[weight_OD.dtype]
+    return PackedLinear(weights, None, _float_bias(bias), shape=(outs, ins), form=form, precision=precision)
 
 
 def pack_nf4(codes: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int) -> tuple[Tensor, Tensor]:
@@ -228,6 +243,13 @@ def dequantize_nf4(codes: Tensor, absmax: Tensor, shape: tuple[int, int], blocks
     flat = torch.tensor(NF4_VALUES)[_unpacked(codes, shape).long()].flatten()
     scale = absmax.float().repeat_interleave(blocksize)[: flat.numel()]
     return (flat * scale).view(shape)
+
+
+def medium_nf4_weight(codes: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int) -> Tensor:
+    """The weight [O, D] of products of medium precision, float64."""
+    rounded = (torch.tensor(NF4_VALUES) * _NF4_GAIN).bfloat16().double() / _NF4_GAIN
+    flat = rounded[_unpacked(codes, shape).long()].flatten()
+    return (flat * absmax.double().repeat_interleave(blocksize)[: flat.numel()]).view(shape)
 
 
 def linear_reference(weight_OD: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

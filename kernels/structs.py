@@ -23,6 +23,21 @@ class WeightForm(IntEnum):
     BFLOAT16 = 2
 
 
+class Precision(IntEnum):
+    """qc_precision."""
+
+    HIGHEST = 0
+    MEDIUM = 1
+
+
+class Bfloat16(IntEnum):
+    """qc_bf16: what an instruction set's products of medium precision are, beside its float32 ones."""
+
+    NONE = 0
+    SLOWER = 1
+    FASTER = 2
+
+
 class Activation(IntEnum):
     """qc_activation."""
 
@@ -63,6 +78,8 @@ class Linear(Structure):
         ("out_features", c_int32),
         ("form", c_int32),
         ("group", c_int32),
+        ("precision", c_int32),
+        ("unused", c_int32),
     )
 
 
@@ -152,6 +169,7 @@ SIGNATURES: dict[str, tuple[type | None, list[object]]] = {
     "qc_isa_available": (_INT, [_INT]),
     "qc_isa_active": (_INT, []),
     "qc_isa_use": (_INT, [_INT]),
+    "qc_isa_bf16": (_INT, [_INT]),
     "qc_spin_for": (None, [_LONG]),
     "qc_linear_forward": (
         None,

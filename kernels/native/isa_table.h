@@ -22,9 +22,8 @@ const Kernels kernels = {
       linear_with_update(parts, part_count, x, ldx, y, ldy, rows, segments, segment_count, memory, accumulate,
                          with_product, crew);
     },
-    [](const qc_linear *const *parts, int part_count, const qc_segment *segments, int64_t segment_count) {
-      return lora_size(parts, part_count, segments, segment_count);
-    },
+    [](const qc_linear *const *parts, int part_count, int64_t rows, const qc_segment *segments,
+       int64_t segment_count) { return linear_size(parts, part_count, rows, segments, segment_count); },
     [](const qc_cache &cache, const qc_paging &paging, const float *keys, int64_t ldk, const float *values,
        int64_t ldv, int64_t rows, const Crew &crew) {
       write_rows(cache, paging, keys, ldk, values, ldv, rows, crew);

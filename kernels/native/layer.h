@@ -18,19 +18,19 @@ struct LayerShape {
   int64_t attended_width(const qc_layer &layer) const { return (int64_t)layer.rule.heads * layer.cache->value_width; }
 };
 
-QC_INLINE int64_t layer_lora_size(const qc_layer &layer, const qc_step &step) {
+QC_INLINE int64_t layer_linear_size(const qc_layer &layer, const qc_step &step) {
   const qc_linear *const output[] = {layer.output}, *const down[] = {layer.down};
-  int64_t size = lora_size(layer.qkv, layer.qkv_parts, step.segments, step.segment_count);
-  size = larger(size, lora_size(output, 1, step.segments, step.segment_count));
-  size = larger(size, lora_size(layer.gate_up, layer.gate_up_parts, step.segments, step.segment_count));
-  return larger(size, lora_size(down, 1, step.segments, step.segment_count));
+  int64_t size = linear_size(layer.qkv, layer.qkv_parts, step.rows, step.segments, step.segment_count);
+  size = larger(size, linear_size(output, 1, step.rows, step.segments, step.segment_count));
+  size = larger(size, linear_size(layer.gate_up, layer.gate_up_parts, step.rows, step.segments, step.segment_count));
+  return larger(size, linear_size(down, 1, step.rows, step.segments, step.segment_count));
 }
 
 int64_t layer_workspace_size(const qc_layer &layer, const qc_step &step) {
   const LayerShape shape(layer);
   const int64_t per_row = 2 * (int64_t)layer.hidden + shape.qkv_width() + shape.attended_width(layer) +
                           3 * (int64_t)layer.intermediate;
-  return per_row * step.rows + layer_lora_size(layer, step) + 7 * 16;
+  return per_row * step.rows + layer_linear_size(layer, step) + 7 * 16;
 }
 
 QC_INLINE Workspace carve(const qc_layer &layer, const qc_step &step, float *memory) {

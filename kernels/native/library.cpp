@@ -27,6 +27,16 @@ const Kernels *kernels_of(int32_t isa) {
   }
 }
 
+// qc_bf16 of this build on this processor. AMD's vdpbf16ps does twice the multiply-adds of its float32 units;
+// Intel's, which is there for programs that do without AMX, half of them.
+int32_t bf16_of_processor() {
+#if defined(__x86_64__)
+  if (kernels_of(QC_AVX512) && qc::avx512_bf16_products && __builtin_cpu_supports("avx512bf16"))
+    return __builtin_cpu_is("amd") ? QC_BF16_FAST : QC_BF16_SLOW;
+#endif
+  return QC_BF16_NONE;
+}
+
 int32_t best_isa() {
   for (int32_t isa = QC_AVX512; isa > QC_GENERIC; --isa)
     if (kernels_of(isa)) return isa;
@@ -75,6 +85,9 @@ void with_crew(int32_t threads, const Work &work) {
 
 }  // namespace
 
+const qc::PairProducts *const qc::pair_products =
+    bf16_of_processor() == QC_BF16_NONE ? nullptr : qc::avx512_bf16_products;
+
 QC_API int32_t qc_isa_available(int32_t isa) { return kernels_of(isa) != nullptr; }
 
 QC_API int32_t qc_isa_active(void) { return active_isa; }
@@ -86,12 +99,14 @@ QC_API int32_t qc_isa_use(int32_t isa) {
   return 0;
 }
 
+QC_API int32_t qc_isa_bf16(int32_t isa) { return isa == QC_AVX512 ? bf16_of_processor() : QC_BF16_NONE; }
+
 QC_API void qc_spin_for(int64_t microseconds) { qc::spin_for(microseconds); }
 
 QC_API void qc_linear_forward(const qc_linear *const *parts, int32_t part_count, const float *x, int64_t ldx, float *y,
                               int64_t ldy, int32_t rows, const qc_segment *segments, int64_t segment_count,
                               int32_t accumulate, int32_t threads) {
-  float *memory = scratch.floats(kernels->lora_size(parts, part_count, segments, segment_count));
+  float *memory = scratch.floats(kernels->linear_size(parts, part_count, rows, segments, segment_count));
   with_crew(threads, [=](const Crew &crew) {
     kernels->linear(parts, part_count, x, ldx, y, ldy, rows, segments, segment_count, memory, accumulate != 0, true, crew);
   });
@@ -99,7 +114,7 @@ QC_API void qc_linear_forward(const qc_linear *const *parts, int32_t part_count,
 
 QC_API void qc_lora_delta(const qc_linear *const *parts, int32_t part_count, const float *x, int64_t ldx, float *y,
                           int64_t ldy, const qc_segment *segments, int64_t segment_count, int32_t threads) {
-  const int64_t size = kernels->lora_size(parts, part_count, segments, segment_count);
+  const int64_t size = kernels->linear_size(parts, part_count, 0, segments, segment_count);
   if (size == 0) return;
   float *memory = scratch.floats(size);
   with_crew(threads, [=](const Crew &crew) {

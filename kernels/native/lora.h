@@ -201,18 +201,26 @@ QC_INLINE int64_t lora_size(const qc_linear *const *parts, int part_count, const
          shrunk_size(parts, part_count, segments, segment_count);
 }
 
+// Memory of products and update together: rows as pairs first.
+QC_INLINE int64_t linear_size(const qc_linear *const *parts, int part_count, int64_t rows, const qc_segment *segments,
+                              int64_t segment_count) {
+  return rows * pairs_width(parts, part_count) + lora_size(parts, part_count, segments, segment_count);
+}
+
 // The products of several layers with one input, side by side, and the update of each row's adapter.
 QC_INLINE void linear_with_update(const qc_linear *const *parts, int part_count, const float *x, int64_t ldx,
                                   float *y, int64_t ldy, int64_t rows, const qc_segment *segments,
                                   int64_t segment_count, float *memory, bool accumulate, bool with_product,
                                   const Crew &crew) {
+  const Input input = input_of(parts, part_count, x, ldx, with_product ? rows : 0, memory, crew);
+  memory += rows * input.ld_pairs;
   const LoraWork work =
       plan_lora(parts, part_count, segments, segment_count, (LoraBlock *)memory, crew.threads);
   float *shrunk = memory + work.count * (int64_t)(sizeof(LoraBlock) / sizeof(float));
   const int64_t products = with_product && rows > 0 ? product_pieces(parts, part_count, rows) : 0;
   crew.each(products + work.count * work.rank_pieces, [&](int64_t piece) {
     if (piece < products)
-      product_piece(parts, piece, x, ldx, y, ldy, rows, accumulate);
+      product_piece(parts, piece, input, y, ldy, rows, accumulate);
     else
       shrink_piece(work, piece - products, x, ldx, shrunk);
   });

@@ -147,16 +147,53 @@ QC_INLINE int64_t product_pieces(const qc_linear *const *parts, int part_count, 
   return pieces;
 }
 
+// The products in bfloat16 that a layer asks for; null: it asks for none, or there are none here.
+QC_INLINE const PairProducts *pairs_for(const qc_linear &linear) {
+  return kHasPairs && linear.precision == QC_MEDIUM && linear.form != QC_DENSE_F32 ? pair_products : nullptr;
+}
+
+// Words that one row of pairs takes, if one of the parts asks for them; else 0.
+QC_INLINE int64_t pairs_width(const qc_linear *const *parts, int part_count) {
+  for (int p = 0; p < part_count; ++p)
+    if (pairs_for(*parts[p])) return divide_up(parts[p]->in, 16) * 8;
+  return 0;
+}
+
+// Rows of activations, and the same as pairs where a part asks for them.
+struct Input {
+  const float *x;
+  int64_t ldx;
+  const uint32_t *pairs;
+  int64_t ld_pairs;
+};
+
+// Rounds rows once for all parts; `memory` has room for rows · pairs_width words.
+QC_INLINE Input input_of(const qc_linear *const *parts, int part_count, const float *x, int64_t ldx, int64_t rows,
+                         float *memory, const Crew &crew) {
+  const int64_t width = pairs_width(parts, part_count), in = parts[0]->in;
+  uint32_t *pairs = (uint32_t *)memory;
+  if (width > 0)
+    crew.each(divide_up(rows, kMaxRows), [&](int64_t piece) {
+      const int64_t end = smaller(rows, (piece + 1) * kMaxRows);
+      for (int64_t row = piece * kMaxRows; row < end; ++row)
+        pair_products->round_row(x + row * ldx, in, pairs + row * width);
+    });
+  return {x, ldx, pairs, width};
+}
+
 // One piece of the products of several layers with one input, side by side.
-QC_INLINE void product_piece(const qc_linear *const *parts, int64_t piece, const float *x, int64_t ldx, float *y,
-                             int64_t ldy, int64_t rows, bool accumulate) {
+QC_INLINE void product_piece(const qc_linear *const *parts, int64_t piece, const Input &input, float *y, int64_t ldy,
+                             int64_t rows, bool accumulate) {
   for (;; ++parts) {
     const qc_linear &linear = **parts;
     const int64_t per_piece = piece_tiles(linear, rows), tiles = divide_up(linear.out, kTile);
     const int64_t pieces = divide_up(tiles, per_piece);
     if (piece < pieces) {
       const Range range = {piece * per_piece, smaller(tiles, (piece + 1) * per_piece)};
-      linear_tiles(linear, range, x, ldx, rows, {y, ldy, linear.bias, linear.out, accumulate});
+      if (const PairProducts *products = pairs_for(linear))
+        products->tiles(linear, range.begin, range.end, input.pairs, input.ld_pairs, y, ldy, rows, accumulate);
+      else
+        linear_tiles(linear, range, input.x, input.ldx, rows, {y, ldy, linear.bias, linear.out, accumulate});
       return;
     }
     piece -= pieces;

@@ -1,7 +1,8 @@
 // The C interface of the native CPU operations. Knows tensors as pointers and shapes; no Python, no torch.
 //
 // Every operation computes each row in an order that depends on nothing but that row's own sequence: results
-// are the same bits for any batch, chunking, block placement, number of threads, and instruction set.
+// are the same bits for any batch, chunking, block placement, number of threads, and instruction set (products
+// of medium precision: of the one that has them).
 //
 // T tokens (rows), D in-features, O out-features, R rank, K key/value heads, H query heads, E head dimension.
 #pragma once
@@ -16,6 +17,8 @@ extern "C" {
 
 enum qc_type { QC_F32 = 0, QC_BF16 = 1 };
 enum qc_form { QC_NF4 = 0, QC_DENSE_F32 = 1, QC_DENSE_BF16 = 2 };
+enum qc_precision { QC_HIGHEST = 0, QC_MEDIUM = 1 };
+enum qc_bf16 { QC_BF16_NONE = 0, QC_BF16_SLOW = 1, QC_BF16_FAST = 2 };  // slower, faster than float32
 enum qc_activation { QC_SILU = 0, QC_GELU_TANH = 1 };
 enum qc_isa { QC_GENERIC = 0, QC_NEON = 1, QC_AVX2 = 2, QC_AVX512 = 3 };
 
@@ -41,6 +44,9 @@ typedef struct {
   int32_t out;    // O
   int32_t form;   // qc_form
   int32_t group;  // NF4: columns per scale, 8, 16, 32 or 64, a divisor of D
+  int32_t precision;  // qc_precision; medium: of NF4 and bfloat16 weights, activations are rounded to bfloat16 if the
+                      // instruction set has such products; sums are float32
+  int32_t unused;
 } qc_linear;
 
 // Rows [start, end) use the adapter in `slot`, its update times `scale`. Disjoint; rows outside have none.
@@ -109,7 +115,8 @@ typedef struct {
 // Instruction sets: what this processor and this build can run, best last; the one in use.
 int32_t qc_isa_available(int32_t isa);
 int32_t qc_isa_active(void);
-int32_t qc_isa_use(int32_t isa);  // 0, or -1 if it is not available
+int32_t qc_isa_use(int32_t isa);   // 0, or -1 if it is not available
+int32_t qc_isa_bf16(int32_t isa);  // qc_bf16: its products of medium precision
 
 // How long helper threads look for work before they sleep, microseconds.
 void qc_spin_for(int64_t microseconds);

@@ -17,7 +17,10 @@
 #include "simd_generic.h"
 #endif
 
-#if !defined(QC_USE_AVX512)
+#if defined(QC_USE_AVX512)
+constexpr bool kHasPairs = true;  // see pair_products
+#else
+constexpr bool kHasPairs = false;
 QC_INLINE void accumulate(F16 &sum, F16 a, F16 b) { sum = fma(a, b, sum); }
 #endif
 

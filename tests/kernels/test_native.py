@@ -11,14 +11,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import linear
 
 from kernels import rowwise
-from kernels.library import native, status
+from kernels.library import NativeLibrary, native, status
 from kernels.linear import (
+    _NF4_GAIN,
+    NF4_VALUES,
     PackedLinear,
     dequantize_nf4,
     linear_forward,
     linear_reference,
+    medium_nf4_weight,
     packed_dense,
     packed_nf4,
     unpacked_weight,
@@ -26,7 +30,7 @@ from kernels.linear import (
 from kernels.lora import LoraFactors, Segment, Segments, add_lora_delta
 from kernels.paged_attention import AttentionRule, LayerCache
 from kernels.paging import PagedRows, cache_record, native_paged_attention
-from kernels.structs import Activation, WeightForm
+from kernels.structs import Activation, Bfloat16, Precision, WeightForm
 from tests.kernels.attention_reference import attention_reference
 from tests.kernels.conditions import needs_native
 
@@ -41,29 +45,44 @@ AWKWARD = settings(
 )
 
 
+def library() -> NativeLibrary:
+    loaded = native()
+    assert loaded is not None
+    return loaded
+
+
 @pytest.fixture(params=status().available or ["none"], autouse=True)
 def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    library = native()
-    assert library is not None
-    before = library.isa
-    library.use_isa(request.param)
+    before = library().isa
+    library().use_isa(request.param)
     yield
-    library.use_isa(before)
+    library().use_isa(before)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def nf4_layer(
-    ins: int, outs: int, blocksize: int, bias: Tensor | None, seed: int
-) -> tuple[PackedLinear, Tensor]:
-    """A layer with random codes and scales, and the weight that they stand for."""
+def nf4_codes(ins: int, outs: int, blocksize: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random codes and scales."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 256, (-(-ins * outs // 2),), dtype=torch.uint8, generator=generator)
-    absmax = torch.rand(-(-ins * outs // blocksize), generator=generator) + 0.1
+    return codes, torch.rand(-(-ins * outs // blocksize), generator=generator) + 0.1
+
+
+def nf4_layer(
+    ins: int,
+    outs: int,
+    blocksize: int,
+    bias: Tensor | None,
+    seed: int,
+    precision: Precision = Precision.HIGHEST,
+) -> tuple[PackedLinear, Tensor]:
+    """A layer with random codes and scales, and the weight that they stand for."""
+    codes, absmax = nf4_codes(ins, outs, blocksize, seed)
     shape = (outs, ins)
-    return packed_nf4(codes, absmax, shape, blocksize, bias), dequantize_nf4(codes, absmax, shape, blocksize)
+    layer = packed_nf4(codes, absmax, shape, blocksize, bias, precision)
+    return layer, dequantize_nf4(codes, absmax, shape, blocksize)
 
 
 def assert_close(found: Tensor, expected: Tensor, magnitude: Tensor) -> None:
@@ -104,6 +123,56 @@ def test_dense_linear(rows: int, ins: int, outs: int, dtype: torch.dtype, seed: 
     layer = packed_dense(weight_OD, bias)
     expected = linear_reference(weight_OD, x, bias)
     assert_close(layer(x), expected, linear_reference(weight_OD.abs(), x.abs(), None) + 1)
+
+
+@AWKWARD
+@given(
+    rows=st.sampled_from(ROWS),
+    ins=st.sampled_from(WIDTHS),
+    outs=st.sampled_from([*WIDTHS, 500]),
+    blocksize=st.sampled_from([32, 64, 128]),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_linear_of_medium_precision(
+    rows: int, ins: int, outs: int, blocksize: int, with_bias: bool, seed: int
+) -> None:
+    """Exact sums of rounded factors; rounded or not, within bfloat16's rounding of the exact product."""
+    bias, x = randn(outs, seed=seed) if with_bias else None, randn(rows, ins, seed=seed + 1)
+    codes, absmax = nf4_codes(ins, outs, blocksize, seed)
+    shape, dense_OD = (outs, ins), randn(outs, ins, seed=seed).bfloat16()
+    nf4 = packed_nf4(codes, absmax, shape, blocksize, bias, Precision.MEDIUM)
+    exact_OD, rounded_OD = (of(codes, absmax, shape, blocksize) for of in (dequantize_nf4, medium_nf4_weight))
+    dense = packed_dense(dense_OD, bias, Precision.MEDIUM)
+    rounds = library().bfloat16 is not Bfloat16.NONE
+    for layer, weight_OD, medium_OD in ((nf4, exact_OD, rounded_OD), (dense, dense_OD, dense_OD)):
+        found, magnitude = layer(x), linear_reference(weight_OD.abs(), x.abs(), None)
+        rounded = rounds and layer.form is not WeightForm.FLOAT32
+        factors = (medium_OD.double(), x.bfloat16().double()) if rounded else (weight_OD.double(), x.double())
+        expected = linear(factors[1], factors[0], None if bias is None else bias.double())
+        assert_close(found, expected, magnitude + 1)
+        error = (found - linear_reference(weight_OD, x, bias)).abs()
+        assert not rows or float((error - 2**-8 * magnitude).max()) < 1e-5
+
+
+def test_nf4_values_are_rounded_with_the_best_gain() -> None:
+    """Error of the rounded values, root mean square over that of the values."""
+    values = torch.tensor(NF4_VALUES)
+
+    def error(gain: Tensor) -> Tensor:
+        scaled = values * gain[:, None]
+        return ((scaled.bfloat16() - scaled) / gain[:, None]).norm(dim=1) / values.norm()
+
+    ours, plain = error(torch.tensor([_NF4_GAIN, 1.0])).tolist()
+    assert ours == pytest.approx(6.3e-4, rel=0.01)
+    assert plain == pytest.approx(1.06e-3, rel=0.01)
+    assert ours < 1.001 * float(error(torch.linspace(1, 2, 100_001)).min())
+
+
+def test_without_bfloat16_products_medium_is_highest() -> None:
+    x = randn(19, 96)
+    bits = [nf4_layer(96, 80, 64, None, 3, precision)[0](x) for precision in Precision]
+    assert torch.equal(*bits) == (library().bfloat16 is Bfloat16.NONE)
 
 
 def test_packing_loses_nothing() -> None:
@@ -253,6 +322,8 @@ def test_argmax_takes_the_first_of_equals_and_tells_what_is_not_finite() -> None
 def test_a_rows_bits_are_its_own(threads: int) -> None:
     """Alone, among others, in any place and with any number of threads."""
     layers = {
+        "nf4, medium": nf4_layer(96, 80, 64, randn(80), 3, Precision.MEDIUM)[0],
+        "bfloat16, medium": packed_dense(randn(80, 96).bfloat16(), None, Precision.MEDIUM),
         "nf4": nf4_layer(96, 80, 64, randn(80), seed=3)[0],
         "float32": packed_dense(randn(80, 96), None),
         "bfloat16": packed_dense(randn(80, 96).bfloat16(), None),
@@ -286,21 +357,20 @@ def test_a_rows_bits_are_its_own(threads: int) -> None:
 
 
 def test_every_instruction_set_computes_the_same_bits() -> None:
-    library = native()
-    assert library is not None
     layer, _ = nf4_layer(96, 80, 64, randn(80), seed=3)
     layer.set_slot(1, LoraFactors(randn(7, 96), randn(7, 80)))
     x = randn(23, 96)
     results = []
     for isa in status().available:
-        library.use_isa(isa)
+        library().use_isa(isa)
         y = layer(x, Segments([Segment(0, 20, 1)]))
         results.append((y, rowwise.rms_norm(y, randn(80), 1e-6), rowwise.gated(y, Activation.GELU_TANH)))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-def test_values_that_are_not_finite_stay_in_their_row_and_are_not_lost() -> None:
-    layer, _ = nf4_layer(64, 48, 64, None, seed=1)
+@pytest.mark.parametrize("precision", Precision)
+def test_values_that_are_not_finite_stay_in_their_row_and_are_not_lost(precision: Precision) -> None:
+    layer, _ = nf4_layer(64, 48, 64, None, 1, precision)
     x = randn(9, 64)
     expected = layer(x)
     for poison in (float("nan"), float("inf")):

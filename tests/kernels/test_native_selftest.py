@@ -21,9 +21,11 @@ TESTS = Path(__file__).parent / "native"
 KERNELS = Path(__file__).parents[2] / "kernels" / "native"
 FLAGS = ("-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 """As the library is built (setup.py); some of these decide what is computed."""
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 VECTORS = {
     "isa_avx2": ("-mavx2", "-mfma"),
-    "isa_avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "isa_avx512": _AVX512,
+    "isa_avx512_bf16": (*_AVX512, "-mavx512bf16"),
 }
 """By source, where the target is x86-64."""
 MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
@@ -32,7 +34,9 @@ FUNCTIONS = (
     "qc_linear_forward", "qc_lora_delta", "qc_cache_write", "qc_attention", "qc_rms_norm", "qc_rotary",
     "qc_gated", "qc_argmax", "qc_layer_forward", "threads",
 )  # fmt: skip
-"""What the self-test prints about, besides child_process."""
+"""What the self-test prints about under every instruction set, besides child_process."""
+MEDIUM = ("qc_linear_forward/medium", "qc_layer_forward/medium")
+"""And under those alone that have products of medium precision."""
 TIMEOUT_S = 500
 
 Checksums = dict[str, dict[str, str]]
@@ -87,6 +91,14 @@ def checksums(command: Sequence[str], environment: Mapping[str, str] | None = No
     return found
 
 
+def medium_checksums(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+    """What it prints about products of medium precision; skips the test where there are none."""
+    found = checked_run([*command, *MEDIUM], environment)
+    if not found:
+        pytest.skip("this processor has no AVX512-BF16")
+    return found
+
+
 def needed(*programs: str) -> str:
     """The first of the programs that is here; skips the test if none is."""
     for program in programs:
@@ -117,11 +129,12 @@ def test_a_child_process_computes_the_same_bits(program: str) -> None:
     assert "child_process" in checked_run([program, "child_process"])
 
 
-def test_no_memory_error_and_no_undefined_behaviour(tmp_path: Path, here: Checksums) -> None:
-    program = str(build(tmp_path, needed("g++"), "-O2", *MEMORY))
+def test_no_memory_error_and_no_undefined_behaviour(tmp_path: Path, program: str, here: Checksums) -> None:
+    checked = str(build(tmp_path, needed("g++"), "-O2", *MEMORY))
     # Memory that was never written reads as NaN.
     options = {"ASAN_OPTIONS": "max_malloc_fill_size=1073741824:malloc_fill_byte=255"}
-    assert checksums([program], options) == here
+    assert checksums([checked], options) == here
+    assert medium_checksums([checked], options) == medium_checksums([program])
 
 
 def test_hypothesis_finds_no_memory_error(tmp_path: Path) -> None:
@@ -152,7 +165,7 @@ def test_no_two_threads_meet_in_memory(tmp_path: Path) -> None:
     trial = subprocess.run([program, "none"], capture_output=True, text=True, timeout=TIMEOUT_S)
     if "unexpected memory mapping" in trial.stderr:
         pytest.skip("this kernel places memory where ThreadSanitizer cannot have it")
-    assert "threads" in checked_run([program, "qc_lora_delta", "qc_layer_forward", "threads"])
+    assert "threads" in checked_run([program, "qc_lora_delta", "qc_layer_forward", *MEDIUM, "threads"])
 
 
 def test_an_arm_processor_computes_the_same_bits(tmp_path: Path, here: Checksums) -> None:

@@ -13,6 +13,7 @@ struct LayerCase {
   CacheShape shape;
   qc_layer record{};
   std::vector<Linear> qkv, output, gate_up, down;
+  qc_precision precision;
   Buffer<float> input_norm, attention_norm, mlp_norm, after_mlp_norm, query_norm, key_norm;
   std::vector<Place> rows;
   std::vector<int> lengths;  // of what is in the cache already, by sequence
@@ -27,10 +28,11 @@ struct LayerCase {
 };
 
 // NF4 with the largest group that fits, or dense.
-inline Linear random_linear(Random &random, int in, int out, int slots) {
+inline Linear random_linear(Random &random, int in, int out, int slots, qc_precision precision) {
   const int group = in % 64 == 0 ? 64 : in % 32 == 0 ? 32 : in % 16 == 0 ? 16 : 8;
   const qc_form form = random.one_of({QC_NF4, QC_NF4, QC_DENSE_F32, QC_DENSE_BF16});
-  Linear linear(random, form, group, in, out, random.coin());
+  const bool with_bias = random.coin();
+  Linear linear(random, form, group, in, out, with_bias, precision == QC_MEDIUM && random.coin() ? precision : QC_HIGHEST);
   std::vector<int> ranks;
   for (int i = random.below(slots + 1); i > 0; --i) ranks.push_back(random.one_of({0, 1, 4, 7, 8, 33}));
   linear.attach(random, ranks);
@@ -65,8 +67,10 @@ inline void give_norms(LayerCase &test, Random &random) {
   if (random.coin()) record.key_norm = (test.key_norm = random_norm(random, key_width)).data();
 }
 
-inline LayerCase layer_case(Random &random, int rows) {
+// In medium precision: half of its products.
+inline LayerCase layer_case(Random &random, int rows, qc_precision precision = QC_HIGHEST) {
   LayerCase test;
+  test.precision = precision;
   const int key_width = random.one_of({8, 16, 24, 40}), slots = random.below(4);
   test.shape = {random.coin() ? QC_BF16 : QC_F32, 1 + random.below(3), key_width,
                 random.coin() ? key_width : random.one_of({8, 24, 32})};
@@ -85,12 +89,12 @@ inline LayerCase layer_case(Random &random, int rows) {
   const int hidden = record.hidden, intermediate = record.intermediate;
   const std::vector<int> three = {test.query_width(), test.kv_key_width(), test.kv_value_width()};
   for (int out : random.coin() ? three : std::vector<int>{test.qkv_width()})
-    test.qkv.push_back(random_linear(random, hidden, out, slots));
+    test.qkv.push_back(random_linear(random, hidden, out, slots, precision));
   const std::vector<int> two = {intermediate, intermediate};
   for (int out : random.coin() ? two : std::vector<int>{2 * intermediate})
-    test.gate_up.push_back(random_linear(random, hidden, out, slots));
-  test.output.push_back(random_linear(random, test.attended_width(), hidden, slots));
-  test.down.push_back(random_linear(random, intermediate, hidden, slots));
+    test.gate_up.push_back(random_linear(random, hidden, out, slots, precision));
+  test.output.push_back(random_linear(random, test.attended_width(), hidden, slots, precision));
+  test.down.push_back(random_linear(random, intermediate, hidden, slots, precision));
 
   place_rows(test, random, rows);
   test.segments = random_segments(random, rows, slots);
@@ -274,7 +278,7 @@ inline void examine(Examination &exam, Random &random, const LayerCase &test) {
   Cache cache = before;
   const Matrix together = forward(test, cache, step, x, 1);
   exam.settle(together.floats, [&] {
-    if (test.shape.type == QC_F32) return layer_reference(test, past, step, x);
+    if (test.shape.type == QC_F32 && test.precision == QC_HIGHEST) return layer_reference(test, past, step, x);
     std::vector<Expected> itself;  // what is rounded to bfloat16 may fall on either side: bits alone are compared
     for (float each : together.floats) itself.push_back({each, 0.0});
     return itself;
@@ -303,10 +307,13 @@ inline void examine(Examination &exam, Random &random, const LayerCase &test) {
   exam.same("beside a row with NaN", beside.floats.data(), together.floats.data(), (int64_t)broken * hidden);
 }
 
-inline void layer_cases(Examination &exam) {
+inline void layer_cases(Examination &exam, qc_precision precision) {
   Random random(9);
   for (int rows : {0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 12, 18, 19, 33})
-    for (int times = 0; times < 5; ++times) examine(exam, random, layer_case(random, rows));
+    for (int times = 0; times < 5; ++times) examine(exam, random, layer_case(random, rows, precision));
 }
+
+inline void highest_layer_cases(Examination &exam) { layer_cases(exam, QC_HIGHEST); }
+inline void medium_layer_cases(Examination &exam) { layer_cases(exam, QC_MEDIUM); }
 
 }  // namespace selftest

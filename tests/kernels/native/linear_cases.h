@@ -12,6 +12,8 @@ constexpr float kCodeValues[16] = {
     0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
+constexpr float kGain = 1.437006f;  // with which products of medium precision round them
+
 struct Adapter {
   Typed a, b;  // [R, D], [R, O]
   int rank;
@@ -29,11 +31,12 @@ struct Linear {
   Buffer<qc_factors> slots;
 
   // `form` as the library knows it; `group` is for NF4 alone.
-  Linear(Random &random, qc_form form, int group, int in, int out, bool with_bias) {
+  Linear(Random &random, qc_form form, int group, int in, int out, bool with_bias, qc_precision precision) {
     record.in = in;
     record.out = out;
     record.form = form;
     record.group = group;
+    record.precision = precision;
     const int64_t tiles = (out + 15) / 16;
     if (form == QC_NF4) {
       codes = Buffer<uint32_t>(tiles * (in / 8) * 16);
@@ -78,6 +81,9 @@ struct Linear {
     record.slot_count = slots.size();
   }
 
+  // What the product takes for one activation.
+  double rounded(double x) const { return is_medium() ? widened(narrowed((float)x)) : x; }
+
   const Adapter *adapter(int slot) const {
     if (slot < 0 || slot >= (int)adapters.size() || adapters[(size_t)slot].rank == 0) return nullptr;
     return &adapters[(size_t)slot];
@@ -89,8 +95,10 @@ struct Linear {
     if (record.form != QC_NF4) return dense.at((tile * in + column) * 16 + lane);
     const uint32_t word = codes[(tile * (in / 8) + column / 8) * 16 + lane];
     const double scale = scales[(tile * (in / record.group) + column / record.group) * 16 + lane];
-    return scale * kCodeValues[word >> 4 * (column % 8) & 15u];
+    const float value = kCodeValues[word >> 4 * (column % 8) & 15u];
+    return scale * (is_medium() ? widened(narrowed(value * kGain)) / (double)kGain : value);
   }
+  bool is_medium() const { return record.precision == QC_MEDIUM && record.form != QC_DENSE_F32; }
   // Whether entry i of a [tiles, columns, 16] array belongs to an out-feature; the others are zero.
   bool is_feature(int64_t i, int64_t columns) const { return i / (columns * 16) * 16 + i % 16 < record.out; }
 };
@@ -162,7 +170,7 @@ inline std::vector<Expected> products(const std::vector<Linear> &parts, const do
     for (int o = 0; o < part.record.out; ++o) {
       Expected total{0.0, 0.0};
       for (int k = 0; base && k < in; ++k) {
-        const double term = x[k] * part.matrix[(size_t)o * (size_t)in + (size_t)k];
+        const double term = part.rounded(x[k]) * part.matrix[(size_t)o * (size_t)in + (size_t)k];
         total.value += term;
         total.magnitude += fabs(term);
       }
@@ -266,7 +274,8 @@ inline std::vector<int> random_ranks(Random &random, int count) {
   return ranks;
 }
 
-inline LinearCase random_case(Random &random, Form form, int rows, Operation operation) {
+inline LinearCase random_case(Random &random, Form form, int rows, Operation operation,
+                              qc_precision precision = QC_HIGHEST) {
   int in = random.one_of({8, 24, 40, 64, 96});
   if (random.below(8) == 0) in = 576;
   if (in % form.group) in = form.group * random.one_of({1, 2, 3});
@@ -275,7 +284,7 @@ inline LinearCase random_case(Random &random, Form form, int rows, Operation ope
   const int count = 1 + random.below(4), slots = random.below(5);
   for (int p = 0; p < count; ++p) {
     const int out = random.below(p + 2) == 0 ? 192 : random.one_of({1, 7, 16, 17, 33});
-    parts.emplace_back(random, form.form, form.group, in, out, random.coin());
+    parts.emplace_back(random, form.form, form.group, in, out, random.coin(), precision);
     parts.back().attach(random, random_ranks(random, random.below(slots + 1)));
   }
   LinearCase test{std::move(parts), operation, input(random, rows, in), Matrix(0, 0, 0, 0.0f),
@@ -298,19 +307,22 @@ inline bool is_edge(int rows) {
   return rows <= 8 || rows >= 70;
 }
 
-inline void linear_cases(Examination &exam) {
+inline void linear_cases(Examination &exam, qc_precision precision) {
   Random random(1);
   for (int i = 0; i <= 72; ++i) {
     const int rows = i <= 70 ? i : i == 71 ? 129 : 150;
     for (int f = 0; f < 6; ++f) {
       if (!is_edge(rows) && f != rows % 4 && f != 4 + rows % 2) continue;
       const Operation operation = random.coin() ? Operation::kAccumulate : Operation::kWrite;
-      const LinearCase test = random_case(random, kForms[f], rows, operation);
+      const LinearCase test = random_case(random, kForms[f], rows, operation, precision);
       describe(exam, test, kForms[f]);
       examine(exam, random, test);
     }
   }
 }
+
+inline void highest_linear_cases(Examination &exam) { linear_cases(exam, QC_HIGHEST); }
+inline void medium_linear_cases(Examination &exam) { linear_cases(exam, QC_MEDIUM); }
 
 inline void delta_cases(Examination &exam) {
   Random random(2);
