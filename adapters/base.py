@@ -31,6 +31,7 @@ from adapters.serving import ServingLinear
 from adapters.sources import Source, resolve_source
 from adapters.support import supported_config
 from kernels.library import status as native_status
+from kernels.precision import MatmulPrecision, PrecisionChoice, automatic_precision, has_medium
 
 Purpose = Literal["serve", "train"]
 Quantization = Literal["nf4", "none"]
@@ -57,6 +58,7 @@ class Base:
         dtype: of activations, norms and embeddings.
         storage_dtype: in which keys, values, adapters and weights that are not quantised are kept.
         kernels: what computes: native code, or torch and bitsandbytes.
+        matmul_precision: of native products with the base's weights; None if other kernels compute them.
         layout: every linear module by name and shape.
         weight_bytes: memory of all weights and buffers, each counted once.
         chat_template: Jinja source, None if the model has none.
@@ -75,6 +77,7 @@ class Base:
     dtype: torch.dtype
     storage_dtype: torch.dtype
     kernels: Literal["native", "torch"]
+    matmul_precision: MatmulPrecision | None
     layout: BaseLayout
     weight_bytes: int
     chat_template: str | None
@@ -91,6 +94,7 @@ def load_base(
     dtype: DTypeName = "auto",
     device: DeviceName = "auto",
     kernels: KernelChoice = "auto",
+    matmul_precision: PrecisionChoice = "auto",
     cache_dir: Path | None = None,
     progress: bool = True,
 ) -> Base:
@@ -99,24 +103,27 @@ def load_base(
     Args:
         source: a folder with safetensors, a GGUF file, a hub id, or "smollm2".
         purpose: "serve" gives immutable layers; "train" gives layers that PEFT and autograd understand.
-        dtype: "auto" is bfloat16 on CUDA. On a CPU it is float32; in native code all arithmetic is, and
-            keys, values, adapters and weights that are not quantised are stored in bfloat16; without it
-            products of NF4 weights are in bfloat16. "float32" stores and computes everything in float32.
+        dtype: "auto" is bfloat16 on CUDA. On a CPU it is float32; in native code keys, values, adapters and
+            weights that are not quantised are stored in bfloat16; without it products of NF4 weights are in
+            bfloat16. "float32" stores and computes everything in float32.
         device: "auto" is CUDA if there is one.
         kernels: for serving on a CPU; "auto" is native code where it is there, "torch" plain torch and
             bitsandbytes.
+        matmul_precision: of native products with the base's weights; "medium" rounds activations to
+            bfloat16, "auto" is medium where that is faster.
         cache_dir: where fetched, converted and quantised models are kept; $QUICKCHANGE_CACHE or
             ~/.cache/quickchange if None.
         progress: whether long work shows progress bars.
 
     Raises:
         BaseNotFoundError: the source is not there or cannot be read.
-        UnsupportedBaseError: its architecture or form cannot be served, or "native" was asked for and is not
-            there.
+        UnsupportedBaseError: its architecture or form cannot be served, or "native" or "medium" was asked
+            for and is not there.
     """
     cache = cache_dir or default_cache_dir()
     place = _device(device)
     chosen = _kernels(kernels, place) if purpose == "serve" else "torch"
+    precision = _precision(matmul_precision, chosen, dtype)
     activations = _activation_dtype(dtype, place)
     found = resolve_source(source, cache, progress=progress)
     supported_config(found.folder)
@@ -131,11 +138,11 @@ def load_base(
     if purpose == "serve":
         model.requires_grad_(False)
     storage = torch.bfloat16 if chosen == "native" and dtype != "float32" else activations
-    if chosen == "native":
-        use_native_layers(model, storage)
+    if precision is not None:
+        use_native_layers(model, storage, precision)
     elif purpose == "serve":
         _make_serving(model, activations, fused=dtype != "float32")
-    return _describe(model, found, fingerprint, quantization, place, activations, storage, chosen)
+    return _describe(model, found, fingerprint, quantization, place, activations, storage, precision)
 
 
 def dequantized_model(source: str, *, cache_dir: Path | None = None, progress: bool = True) -> Any:
@@ -192,6 +199,31 @@ def _kernels(wanted: KernelChoice, device: torch.device) -> Literal["native", "t
         raise UnsupportedBaseError(f"native kernels were asked for and are not there: {status.reason}")
     log.warning("serving without native kernels: %s; `quickchange doctor` says what to do", status.reason)
     return "torch"
+
+
+def _precision(
+    wanted: PrecisionChoice, kernels: Literal["native", "torch"], dtype: DTypeName
+) -> MatmulPrecision | None:
+    """Of products with the base's weights, None where native code does not compute them."""
+    if wanted == "medium":
+        _check_medium(kernels, dtype)
+    if kernels == "torch":
+        return None
+    if wanted != "auto":
+        return wanted
+    return "highest" if dtype == "float32" else automatic_precision()[0]
+
+
+def _check_medium(kernels: Literal["native", "torch"], dtype: DTypeName) -> None:
+    refused = "matmul_precision 'medium' was asked for, but"
+    if kernels == "torch":
+        raise UnsupportedBaseError(
+            f"{refused} no native kernels compute here; use 'auto', dtype decides then"
+        )
+    if dtype == "float32":
+        raise UnsupportedBaseError(f"{refused} dtype 'float32' computes exactly; use dtype 'auto'")
+    if not has_medium():
+        raise UnsupportedBaseError(f"{refused} {automatic_precision()[1]}; use 'auto' or 'highest'")
 
 
 def _activation_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
@@ -271,7 +303,7 @@ def _describe(
     device: torch.device,
     dtype: torch.dtype,
     storage_dtype: torch.dtype,
-    kernels: Literal["native", "torch"],
+    precision: MatmulPrecision | None,
 ) -> Base:
     tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     return Base(
@@ -284,7 +316,8 @@ def _describe(
         device=device,
         dtype=dtype,
         storage_dtype=storage_dtype,
-        kernels=kernels,
+        kernels="torch" if precision is None else "native",
+        matmul_precision=precision,
         layout=layout_of(model, fingerprint),
         weight_bytes=sum(_tensor_bytes(model)),
         chat_template=_default_template(tokenizer),

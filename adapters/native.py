@@ -17,7 +17,9 @@ from adapters.nf4 import plain_absmax, refuse_repacked
 from adapters.serving import ServingLinear, refuse_gradients
 from kernels.linear import PackedLinear, packed_dense, packed_nf4
 from kernels.lora import Segments
+from kernels.precision import MatmulPrecision
 from kernels.rowwise import rms_norm
+from kernels.structs import Precision
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ _NORM_TOLERANCE = 1e-5
 
 
 class NativeLinear(ServingLinear):
-    """Packed weights, NF4 or not, with float32 arithmetic; a row's bits do not depend on its batch.
+    """Packed weights, NF4 or not, with float32 sums; a row's bits do not depend on its batch.
 
     Attributes:
         packed: weights and the adapters attached to them.
@@ -83,20 +85,23 @@ class StoredEmbedding(nn.Module):
         return functional.embedding(token_ids, self.weight).to(self._dtype)
 
 
-def use_native_layers(model: nn.Module, storage: torch.dtype) -> None:
+def use_native_layers(model: nn.Module, storage: torch.dtype, matmul_precision: MatmulPrecision) -> None:
     """Replaces a model's linear layers, norms and embeddings in place; one thread, before anything is served.
 
     Args:
         storage: type in which weights that are not quantised are kept.
+        matmul_precision: of products with NF4 and bfloat16 weights.
     """
+    precision = Precision[matmul_precision.upper()]
     for name, module in list(model.named_modules()):
         if type(module) is nn.Embedding and module.weight.dtype != storage:
             stored = StoredEmbedding(module.weight.detach().to(storage), module.weight.dtype)
             model.set_submodule(name, stored)
         elif isinstance(module, Linear4bit):
-            model.set_submodule(name, NativeLinear(_packed_nf4(module)))
+            model.set_submodule(name, NativeLinear(_packed_nf4(module, precision)))
         elif isinstance(module, nn.Linear):
-            model.set_submodule(name, NativeLinear(packed_dense(module.weight.to(storage), module.bias)))
+            packed = packed_dense(module.weight.to(storage), module.bias, precision)
+            model.set_submodule(name, NativeLinear(packed))
         elif (norm := native_norm(module)) is not None:
             model.set_submodule(name, norm)
 
@@ -122,8 +127,9 @@ def native_norm(module: nn.Module) -> NativeRMSNorm | None:
     return None
 
 
-def _packed_nf4(layer: Any) -> PackedLinear:
+def _packed_nf4(layer: Any, precision: Precision) -> PackedLinear:
     refuse_repacked(layer)
     state = layer.weight.quant_state
     outs, ins = state.shape
-    return packed_nf4(layer.weight.data, plain_absmax(state), (outs, ins), int(state.blocksize), layer.bias)
+    codes, absmax, blocksize = layer.weight.data, plain_absmax(state), int(state.blocksize)
+    return packed_nf4(codes, absmax, (outs, ins), blocksize, layer.bias, precision)

@@ -269,6 +269,7 @@ def _load_base(settings: ServerSettings) -> Base:
         dtype=base.dtype,
         device=base.device,
         kernels=base.kernels,
+        matmul_precision=base.matmul_precision,
         cache_dir=base.cache_dir,
         progress=sys.stderr.isatty(),
     )

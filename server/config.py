@@ -77,6 +77,10 @@ class BaseSettings(_Section):
         Literal["auto", "native", "torch"],
         About("what computes on a CPU; auto: native code where it is there"),
     ] = "auto"
+    matmul_precision: Annotated[
+        Literal["auto", "highest", "medium"],
+        About("of native products; medium: activations in bfloat16; auto: medium where that is faster"),
+    ] = "auto"
     cache_dir: Annotated[
         Path | None, About("where converted bases are kept; unset: ~/.cache/quickchange")
     ] = None

@@ -72,8 +72,9 @@ class EngineCore:
         )
         self.runner.allocate_cache(budgets.block_count, budgets.block_tokens)
         log.info(
-            "kernels=%s fused_layers=%d storage=%s",
+            "kernels=%s matmul_precision=%s fused_layers=%d storage=%s",
             native_status().reason if base.kernels == "native" else "torch",
+            base.matmul_precision,
             self.runner.fused_layers,
             base.storage_dtype,
         )

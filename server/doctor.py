@@ -69,6 +69,7 @@ class NativeKernels:
         reason: why it is as it is.
         remedy: what would make it better; None if nothing would.
         gain: what being active would bring, None if they are active or cannot be.
+        matmul_precision: what `--matmul-precision auto` is here, and why; None if inactive.
     """
 
     active: bool
@@ -77,6 +78,7 @@ class NativeKernels:
     reason: str
     remedy: str | None
     gain: str | None
+    matmul_precision: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,7 @@ def _can_run_native(processor: Processor) -> bool:
 
 def _native_kernels(processor: Processor) -> NativeKernels:
     from kernels.library import status
+    from kernels.precision import automatic_precision
 
     now = status()
     possible = now.active or _can_run_native(processor)
@@ -163,6 +166,7 @@ def _native_kernels(processor: Processor) -> NativeKernels:
         reason=now.reason,
         remedy=BUILD_REMEDY if possible and not now.active else None,
         gain=None if now.active or not possible else NATIVE_GAIN,
+        matmul_precision=": ".join(automatic_precision()) if now.active else None,
     )
 
 

@@ -73,6 +73,7 @@ def _kernels(kernels: NativeKernels | None) -> dict[str, str]:
         "native kernels": f"active, {kernels.isa}" if kernels.active else "not active",
         "  reason": kernels.reason,
         "  available": ", ".join(kernels.available),
+        "  precision": kernels.matmul_precision or "",
         "  remedy": kernels.remedy or "",
         "  gain": kernels.gain or "",
     }

@@ -19,7 +19,8 @@ from adapters.errors import BaseModelError, UnsupportedBaseError
 from adapters.native import NativeLinear, NativeRMSNorm
 from adapters.nf4 import PackedNF4Linear, PlainNF4Linear, fused_kernel_works
 from adapters.serving import ServingLinear
-from kernels.library import NativeStatus
+from kernels.library import NativeLibrary, NativeStatus, status
+from kernels.structs import Bfloat16
 from tests.adapters.bases import (
     PROMPT,
     distance,
@@ -28,7 +29,7 @@ from tests.adapters.bases import (
     save_gpt2,
     save_tied_llama,
 )
-from tests.kernels.conditions import KERNELS, needs_native
+from tests.kernels.conditions import KERNELS, PRECISIONS, needs_native
 from tests.models import (
     ARCHITECTURES,
     FAMILIES,
@@ -132,10 +133,48 @@ def test_bfloat16_on_a_cpu(folder: Path, load: Any, kernels: str) -> None:
 
 @needs_native
 def test_native_storage_is_bfloat16_unless_everything_is_float32(folder: Path, load: Any) -> None:
-    stored, exact = load(folder), load(folder, dtype="float32")
+    stored, exact = load(folder, matmul_precision="highest"), load(folder, dtype="float32")
     assert (stored.kernels, stored.dtype, stored.storage_dtype) == ("native", torch.float32, torch.bfloat16)
     assert exact.storage_dtype == torch.float32
     assert 0 < distance(logits(stored.model), logits(exact.model)) < 0.01  # the head's weights, rounded
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("bfloat16", "auto"),
+    [(Bfloat16.NONE, "highest"), (Bfloat16.SLOWER, "highest"), (Bfloat16.FASTER, "medium")],
+)
+def test_auto_is_medium_only_where_that_is_faster(
+    folder: Path, load: Any, monkeypatch: pytest.MonkeyPatch, bfloat16: Bfloat16, auto: str
+) -> None:
+    monkeypatch.setattr(NativeLibrary, "bfloat16", bfloat16)
+    assert load(folder).matmul_precision == auto
+    assert load(folder, dtype="float32").matmul_precision == "highest"
+    assert load(folder, matmul_precision="highest").matmul_precision == "highest"
+    if bfloat16 is Bfloat16.NONE:
+        with pytest.raises(UnsupportedBaseError, match="need AVX512-BF16; use 'auto' or 'highest'"):
+            load(folder, matmul_precision="medium")
+    else:
+        assert load(folder, matmul_precision="medium").matmul_precision == "medium"
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [({"kernels": "torch"}, "no native kernels"), ({"purpose": "train"}, "no native kernels")]
+    + [({"dtype": "float32"}, "dtype 'float32' computes exactly")] * status().active,
+)
+def test_medium_is_refused_where_it_means_nothing(
+    folder: Path, load: Any, options: dict[str, str], why: str
+) -> None:
+    assert load(folder, **options).matmul_precision == (None if why.startswith("no") else "highest")
+    with pytest.raises(UnsupportedBaseError, match=why):
+        load(folder, matmul_precision="medium", **options)
+
+
+@pytest.mark.skipif("medium" not in PRECISIONS, reason="no native products of medium precision")
+def test_medium_is_near_highest_and_not_the_same(folder: Path, load: Any) -> None:
+    medium, highest = (logits(load(folder, matmul_precision=p).model) for p in ("medium", "highest"))
+    assert 0 < distance(medium, highest) < BF16_PRODUCTS
 
 
 def test_without_the_native_library_torch_serves_and_the_log_says_so(

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from server.request import Request, SamplingParams
 from server.runner import ModelRunner
 from server.sequence import Sequence
 from tests.bench.steps import random_factors
-from tests.kernels.conditions import needs_native
+from tests.kernels.conditions import PRECISIONS, needs_native
 from tests.models import build_tiny_model
 
 pytestmark = needs_native
@@ -61,8 +62,9 @@ class Track:
             self.sequence.token_ids.append(self.tokens[len(self.sequence.token_ids)])
 
 
-def runner_of(folder: Path, cache: Path, *, fused: bool) -> ModelRunner:
-    base = load_base(str(folder), device="cpu", kernels="native", cache_dir=cache, progress=False)
+def runner_of(folder: Path, cache: Path, *, fused: bool, precision: Any = "highest") -> ModelRunner:
+    options: Any = {"device": "cpu", "kernels": "native", "cache_dir": cache, "progress": False}
+    base = load_base(str(folder), matmul_precision=precision, **options)
     runner = ModelRunner(base, fuse_layers=fused)
     runner.allocate_cache(BLOCKS, BLOCK_TOKENS)
     assert bool(runner.fused_layers) == fused
@@ -157,11 +159,16 @@ def test_adapters_and_base_differ(folder: Path, base_cache: Path) -> None:
     assert min(distances) > 0.05
 
 
-@pytest.mark.parametrize(("fused", "schedules"), [(True, 1000), (False, 150)])
+SCHEDULES = [("highest", True, 1000), ("highest", False, 150), ("medium", True, 300), ("medium", False, 50)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "fused", "schedules"), [case for case in SCHEDULES if case[0] in PRECISIONS]
+)
 def test_random_schedules_give_the_same_bits(
-    folder: Path, base_cache: Path, fused: bool, schedules: int
+    folder: Path, base_cache: Path, precision: str, fused: bool, schedules: int
 ) -> None:
-    runner = runner_of(folder, base_cache, fused=fused)
+    runner = runner_of(folder, base_cache, fused=fused, precision=precision)
     assert differing_schedules(runner, schedules, seed=1) == 0
 
 

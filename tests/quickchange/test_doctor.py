@@ -11,6 +11,7 @@ import torch
 
 import kernels.library
 import server.doctor
+from kernels.precision import automatic_precision
 from quickchange.cli import main
 from server.doctor import BUILD_REMEDY, NATIVE_GAIN, examine, processor_of
 from tests.quickchange.test_commands import WITHOUT_TORCH
@@ -45,6 +46,7 @@ def test_it_prints_one_fact_to_a_line(capsys: pytest.CaptureFixture[str]) -> Non
     assert facts["server"] == "can run here"
     assert facts["torch"] == torch.__version__
     assert facts["reason"] == kernels.library.status().reason
+    assert facts["precision"] == ": ".join(automatic_precision())
     assert facts["threads"].startswith(f"{torch.get_num_threads()} (OMP_NUM_THREADS=")
     assert "free of" in facts["memory"]
 
@@ -59,6 +61,7 @@ def test_json_has_everything(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert found["versions"]["torch"] == torch.__version__
     assert (found["kernels"]["active"], found["kernels"]["isa"]) == (status.active, status.isa)
     assert found["kernels"]["available"] == list(status.available)
+    assert found["kernels"]["matmul_precision"] == ": ".join(automatic_precision())
     assert found["threads"]["count"] == torch.get_num_threads()
     assert found["threads"]["variables"]["OMP_WAIT_POLICY"] == "passive"
     assert found["threads"]["variables"]["OMP_NUM_THREADS"] is None
@@ -78,6 +81,7 @@ def test_without_the_library_it_says_why_what_to_do_and_what_for(
     assert f"  remedy        {BUILD_REMEDY}\n" in out
     assert f"  gain          {NATIVE_GAIN}\n" in out
     assert "available" not in out
+    assert "precision" not in out
 
 
 @pytest.mark.usefixtures("no_library")

@@ -39,7 +39,7 @@ def test_every_setting_can_come_from_every_source(tmp_path: Path) -> None:
     """Nobody has to remember to wire a new setting."""
     values = {"quantization": "none", "dtype": "float32", "device": "cpu", "host": "::1", "root": "/r"}
     values |= {"source": "s", "cache_dir": "/c", "kernels": "torch"}
-    values |= {"fused_layers": "off", "prefix_cache": "off"}
+    values |= {"fused_layers": "off", "prefix_cache": "off", "matmul_precision": "medium"}
     for setting in all_settings():
         section, name = setting.path.split(".")
         # Half the default stays within every range and every rule between fields.
