@@ -85,6 +85,10 @@ QC_INLINE void dense_pair(const uint16_t *weights, int64_t tile_size, const Pair
   Pairs w[T];
   for (int t = 0; t < T; ++t) {
     const uint16_t *first = weights + t * tile_size + (at + J) * kTile, *second = first + 4 * kTile;
+    if constexpr (J % 2 == 0) {  // two columns to a line
+      fetch(first + T * tile_size);
+      fetch(second + T * tile_size);
+    }
     w[t] = load_pair(J < columns ? first : nullptr, J + 4 < columns ? second : nullptr);
   }
   add_pair(x, at / 2 + J, w, sums);

@@ -35,14 +35,15 @@ from kernels.paged_attention import (
     paged_attention,
 )
 from kernels.paging import PagedRows, cache_record, native_paged_attention
-from kernels.structs import Activation
+from kernels.precision import has_medium
+from kernels.structs import Activation, Precision
 
 matplotlib.use("Agg")
 
 SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576), (896, 4864))
 """In- and out-features: SmolLM2-135M's layers, and one of a 0.4 B model."""
 ROWS = (1, 4, 8, 16, 64, 256)
-OURS, BITSANDBYTES, TORCH = "ours", "bitsandbytes", "torch"
+OURS, MEDIUM, BITSANDBYTES, TORCH = "ours", "ours, bfloat16 products", "bitsandbytes", "torch"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def nf4_points(turns: int) -> list[Point]:
     points = []
     for ins, outs in SHAPES:
         codes, state = functional.quantize_4bit(torch.randn(outs, ins), blocksize=64, quant_type="nf4")
-        ours = packed_nf4(codes, state.absmax, (outs, ins), 64, None)
+        ours, medium = (packed_nf4(codes, state.absmax, (outs, ins), 64, None, each) for each in Precision)
         weight_OD = dequantize_nf4(codes, state.absmax, (outs, ins), 64)
         theirs = PackedNF4Linear(codes, state, None) if fused_kernel_works() else None
         for rows in ROWS:
@@ -101,6 +102,8 @@ def nf4_points(turns: int) -> list[Point]:
                 OURS: partial(ours, x),
                 TORCH: partial(linear, x, weight_OD),
             }
+            if has_medium():
+                contenders[MEDIUM] = partial(medium, x)
             if theirs is not None:
                 contenders[BITSANDBYTES] = partial(theirs, x)
             traffic = ours.weight_bytes + rows * (ins + outs) * 4
@@ -115,7 +118,8 @@ def dense_points(turns: int) -> list[Point]:
     """The output head of SmolLM2-135M."""
     ins, outs, points = 576, 49152, []
     weight_OD = torch.randn(outs, ins)
-    ours, bf16_OD = packed_dense(weight_OD.bfloat16(), None), weight_OD.bfloat16()
+    bf16_OD = weight_OD.bfloat16()
+    ours, medium = (packed_dense(bf16_OD, None, each) for each in Precision)
     for rows in (1, 4, 16):
         x = torch.randn(rows, ins)
         contenders: dict[str, Callable[[], object]] = {
@@ -123,6 +127,8 @@ def dense_points(turns: int) -> list[Point]:
             TORCH: partial(linear, x, weight_OD),
             "torch bfloat16": partial(linear, x.bfloat16(), bf16_OD),
         }
+        if has_medium():
+            contenders[MEDIUM] = partial(medium, x)
         traffic = ours.weight_bytes + rows * (ins + outs) * 4
         size = f"{ins}→{outs}, {rows} rows"
         points.append(
@@ -237,7 +243,7 @@ def table_of(points: list[Point], measured: dict[str, float]) -> str:
     lines.append(f"{'operation':<18}{'size':<32}{'ours ms':>9}{'G/s':>7}  others: ms (× ours)")
     for point in points:
         others = "  ".join(
-            f"{name} {ms:.3f} ({point.ratio(name):.2f})" for name, ms in point.best_ms.items() if name != OURS
+            f"{name} {ms:.4f} ({point.ratio(name):.2f})" for name, ms in point.best_ms.items() if name != OURS
         )
         lines.append(
             f"{point.operation:<18}{point.size:<32}{point.best_ms[OURS]:>9.4f}{point.rate():>7.1f}  {others}"

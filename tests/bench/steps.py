@@ -1,6 +1,6 @@
-"""Decode steps of a whole model in this process: native and fused, native module by module, and plain torch.
+"""Steps of a whole model in this process: native in both precisions, module by module, and plain torch.
 
-`python -m tests.bench.steps` prints milliseconds and ratios within one run; steps of the three take turns.
+`python -m tests.bench.steps` prints milliseconds and ratios within one run; steps of the forms take turns.
 """
 
 import argparse
@@ -22,12 +22,15 @@ from torch import Tensor
 from adapters.base import load_base
 from adapters.layout import BaseLayout
 from kernels.lora import LoraFactors
+from kernels.precision import has_medium
 from server.batch import Batch, Row
 from server.request import Request, SamplingParams
 from server.runner import ModelRunner
 from server.sequence import Sequence
 
 BLOCK_TOKENS = 16
+DECODES = ((1, 0), (1, 1), (4, 4), (16, 0), (16, 16))
+PROMPTS = (128, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -37,29 +40,51 @@ class Form:
     name: str
     kernels: str
     fused: bool
+    precision: str = "auto"
 
 
 FORMS = (
-    Form("native, fused", "native", True),
-    Form("native, module by module", "native", False),
+    *[Form("native, fused, bfloat16 products", "native", True, "medium")] * has_medium(),
+    Form("native, fused", "native", True, "highest"),
+    Form("native, module by module", "native", False, "highest"),
     Form("torch and bitsandbytes", "torch", False),
 )
 
 
 @dataclass(frozen=True)
-class StepTime:
-    """Milliseconds of one decode step."""
+class Case:
+    """One step: so many sequences, with so many adapters in turn.
 
-    form: str
+    Attributes:
+        tokens: of each sequence's prompt, from its start; None: one token each, after the context.
+    """
+
     streams: int
     adapters: int
+    tokens: int | None = None
+
+    def span(self, context: int) -> tuple[int, int]:
+        """First position and number of tokens that a sequence computes."""
+        return (context, 1) if self.tokens is None else (0, self.tokens)
+
+    def blocks_each(self, context: int) -> int:
+        return -(-sum(self.span(context)) // BLOCK_TOKENS)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Milliseconds of one step."""
+
+    form: str
+    case: Case
     context: int
     best_ms: float
     median_ms: float
 
 
 def runner_of(form: Form, source: str, adapters: int, rank: int, blocks: int) -> ModelRunner:
-    base = load_base(source, device="cpu", kernels=form.kernels, progress=False)  # type: ignore[arg-type]
+    chosen: Any = {"kernels": form.kernels, "matmul_precision": form.precision}
+    base = load_base(source, device="cpu", progress=False, **chosen)
     runner = ModelRunner(base, fuse_layers=form.fused)
     runner.allocate_cache(blocks, BLOCK_TOKENS)
     for slot in range(1, adapters + 1):
@@ -83,60 +108,53 @@ def random_factors(
     }
 
 
-def decode_batch(streams: int, adapters: int, context: int) -> Batch:
-    """One token each of so many sequences, with their adapters in turn."""
-    per_sequence = -(-(context + 1) // BLOCK_TOKENS)
-    rows = []
-    for index in range(streams):
-        sequence = Sequence(Request("bench", tuple([7] * (context + 1)), SamplingParams()), context + 2, 0.0)
-        sequence.blocks = list(range(index * per_sequence, (index + 1) * per_sequence))
-        sequence.slot = index % adapters + 1 if adapters else 0
-        rows.append(Row(sequence, context, 1))
+def batch_of(case: Case, context: int) -> Batch:
+    (start, count), blocks, rows = case.span(context), case.blocks_each(context), []
+    for index in range(case.streams):
+        request = Request("bench", tuple([7] * (start + count)), SamplingParams())
+        sequence = Sequence(request, start + count + 1, 0.0)
+        sequence.blocks = list(range(index * blocks, (index + 1) * blocks))
+        sequence.slot = index % case.adapters + 1 if case.adapters else 0
+        rows.append(Row(sequence, start, count))
     return Batch(tuple(sorted(rows, key=lambda row: row.sequence.slot)))
 
 
 def measure(options: argparse.Namespace) -> list[StepTime]:
-    most = max(streams for streams, _ in options.cases)
-    blocks = most * -(-(options.context + 1) // BLOCK_TOKENS)
-    adapters = max(count for _, count in options.cases)
+    blocks = max(case.streams * case.blocks_each(options.context) for case in options.cases)
+    adapters = max(case.adapters for case in options.cases)
     runners = [(form, runner_of(form, options.base, adapters, options.rank, blocks)) for form in FORMS]
     results = []
-    for streams, count in options.cases:
-        batch = decode_batch(streams, count, options.context)
+    for case in options.cases:
+        batch = batch_of(case, options.context)
         times: dict[str, list[float]] = {form.name: [] for form in FORMS}
         for turn in range(options.turns + 1):
             for form, runner in runners:
-                for _ in range(options.steps):
+                for _ in range(options.steps if case.tokens is None else 1):
                     began_s = time.perf_counter()
                     runner.run(batch)
                     if turn:  # the first warms up
                         times[form.name].append((time.perf_counter() - began_s) * 1e3)
         results += [
-            StepTime(name, streams, count, options.context, min(each), statistics.median(each))
+            StepTime(name, case, options.context, min(each), statistics.median(each))
             for name, each in times.items()
         ]
     return results
 
 
 def table_of(results: list[StepTime]) -> str:
-    lines = [f"{'streams':>8}{'adapters':>9}  {'form':<26}{'best ms':>9}{'median ms':>11}{'× torch':>9}"]
+    head = f"{'streams':>8}{'adapters':>9}{'tokens':>8}  {'form':<33}"
+    lines = [f"{head}{'best ms':>9}{'median ms':>11}{'× torch':>9}"]
     for row in results:
-        torch_ms = next(
-            r.median_ms
-            for r in results
-            if (r.streams, r.adapters, r.form) == (row.streams, row.adapters, FORMS[-1].name)
-        )
-        lines.append(
-            f"{row.streams:>8}{row.adapters:>9}  {row.form:<26}{row.best_ms:>9.2f}{row.median_ms:>11.2f}"
-            f"{torch_ms / row.median_ms:>9.2f}"
-        )
+        torch_ms = next(r.median_ms for r in results if (r.case, r.form) == (row.case, FORMS[-1].name))
+        case, tokens = row.case, row.case.tokens or 1
+        head = f"{case.streams:>8}{case.adapters:>9}{tokens:>8}  {row.form:<33}"
+        lines.append(f"{head}{row.best_ms:>9.2f}{row.median_ms:>11.2f}{torch_ms / row.median_ms:>9.2f}")
     return "\n".join(lines)
 
 
 def parse() -> argparse.Namespace:
-    def case(text: str) -> tuple[int, int]:
-        streams, _, adapters = text.partition(":")
-        return int(streams), int(adapters)
+    def case(text: str) -> Case:
+        return Case(*map(int, text.split(":")))
 
     parser = argparse.ArgumentParser(prog="python -m tests.bench.steps", description=__doc__)
     parser.add_argument("--base", default="smollm2")
@@ -150,8 +168,9 @@ def parse() -> argparse.Namespace:
         "--cases",
         type=case,
         nargs="+",
-        metavar="STREAMS:ADAPTERS",
-        default=[(1, 0), (1, 1), (16, 0), (16, 16)],
+        metavar="STREAMS:ADAPTERS[:PROMPT]",
+        default=[*(Case(*each) for each in DECODES), *(Case(1, 0, tokens) for tokens in PROMPTS)],
+        help="PROMPT: that many tokens from the start, instead of one after the context",
     )
     return parser.parse_args()
 
