@@ -1,10 +1,10 @@
-"""A whole decoder layer in one native call. Knows shapes and pointers, not transformers.
+"""Decoder layers that follow each other, in one native call. Knows shapes and pointers, not transformers.
 
 T tokens, D hidden features, R rotated dimensions of a head.
 
-The call computes what its parts do one by one, in the same order on the same rows: norm, q/k/v, rotary,
-keys and values into the cache, attention, output projection, norm, residual, norm, gate and up, activation,
-down, norm, residual; each norm only where there is one.
+The call computes what each layer's parts do one by one, in the same order on the same rows: norm, q/k/v,
+rotary, keys and values into the cache, attention, output projection, norm, residual, norm, gate and up,
+activation, down, norm, residual; each norm only where there is one.
 """
 
 import ctypes
@@ -76,19 +76,19 @@ class LayerStep:
         )  # fmt: skip
 
 
-class DecoderLayer:
-    """The native form of one layer."""
+class DecoderLayers:
+    """The native form of layers that follow each other and share their rotary tables."""
 
-    def __init__(self, parts: LayerParts) -> None:
+    def __init__(self, layers: Sequence[LayerParts]) -> None:
         library = native()
         assert library is not None, "made only where the library is"
-        self._forward = library.functions.qc_layer_forward
-        self._kept = parts
-        self._record = _layer_record(parts)
+        self._forward = library.functions.qc_layers_forward
+        self._kept = layers, [_layer_record(parts) for parts in layers]
+        self._records = (ctypes.POINTER(LayerRecord) * len(layers))(*map(ctypes.pointer, self._kept[1]))
 
     def __call__(self, x_TD: Tensor, step: LayerStep) -> None:
-        """Turns x, contiguous float32, into the layer's output, in place."""
-        self._forward(self._record, step.record, x_TD.data_ptr())
+        """Turns x, contiguous float32, into the last layer's output, in place."""
+        self._forward(self._records, len(self._records), step.record, x_TD.data_ptr())
 
 
 def _layer_record(parts: LayerParts) -> LayerRecord:

@@ -188,7 +188,10 @@ SIGNATURES: dict[str, tuple[type | None, list[object]]] = {
     "qc_rotary": (None, [_POINTER, _LONG, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _INT]),
     "qc_gated": (None, [_POINTER, _LONG, _POINTER, _LONG, _INT, _INT, _INT, _INT]),
     "qc_argmax": (None, [_POINTER, _LONG, _POINTER, _INT, _LONG, _INT]),
-    "qc_layer_forward": (None, [POINTER(LayerRecord), POINTER(StepRecord), _POINTER]),
+    "qc_layers_forward": (
+        None,
+        [POINTER(POINTER(LayerRecord)), _LONG, POINTER(StepRecord), _POINTER],
+    ),
 }
 """Result and arguments of every function of the C interface."""
 

@@ -1,4 +1,4 @@
-"""Replaces a model's decoder layers by single native calls, where those compute the same. Knows no requests.
+"""Replaces a model's decoder layers by a native call, where that computes the same. Knows no requests.
 
 Which modules a layer has says how it could be computed; whether it is so, one forward pass of both says.
 Layers that are built otherwise, or whose results differ, stay transformers' own.
@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 from adapters.layers import Routing
 from adapters.native import NativeRMSNorm
-from kernels.decoder_layer import DecoderLayer, LayerParts, LayerStep
+from kernels.decoder_layer import DecoderLayers, LayerParts, LayerStep
 from kernels.linear import PackedLinear
 from kernels.paging import PagedRows
 from kernels.structs import Activation, CacheRecord
@@ -29,17 +29,17 @@ _TOLERANCE = 1e-4
 """Of a layer's output, relative to its largest value: other orders of summation, nothing more."""
 
 
-class FusedLayer(nn.Module):
-    """A decoder layer as transformers calls it, computed by one native call. Changes its input in place."""
+class FusedLayers(nn.Module):
+    """Decoder layers as transformers calls one, computed by one native call. Changes its input in place."""
 
-    def __init__(self, layer: nn.Module, native: DecoderLayer, routing: Routing, *, in_tuple: bool) -> None:
+    def __init__(self, layers: Sequence["_Fused"], routing: Routing) -> None:
         super().__init__()
-        self._native = native
+        self._native = DecoderLayers([layer.parts for layer in layers])
         self._routing = routing
-        self._in_tuple = in_tuple
-        self._replaced = (layer,)  # keeps its weights alive; in a tuple, so that it is no submodule
-        if hasattr(layer, "attention_type"):  # some models choose the rotary table by it
-            self.attention_type = layer.attention_type
+        self._in_tuple = layers[0].call.in_tuple
+        self._replaced = [layer.module for layer in layers]  # keeps weights alive; a list has no submodules
+        if hasattr(layers[0].module, "attention_type"):  # some models choose the rotary table by it
+            self.attention_type = layers[0].module.attention_type
 
     def forward(
         self,
@@ -70,10 +70,24 @@ class _Call:
     in_tuple: bool
 
     @property
+    def rotary_table(self) -> int:
+        """What tells apart the tables of angles that layers were given."""
+        return int(self.keywords["position_embeddings"][0].data_ptr())
+
+    @property
     def rotary_width(self) -> int | None:
         """Dimensions of a head that are rotated; None if the layer was not given their angles."""
         angles = self.keywords.get("position_embeddings")
         return angles[0].shape[-1] if isinstance(angles, tuple) and len(angles) == 2 else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Fused:
+    """A layer of the model, how it was called, and what it is made of."""
+
+    module: nn.Module
+    call: _Call
+    parts: LayerParts
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +122,7 @@ def fuse_layers(model: Any, probe: LayerProbe, caches: NativeCaches, routing: Ro
     name, layers = _decoder_layers(model, len(probe.shapes))
     calls = _recorded_calls(model, layers, caches)
     built = [
-        _fused_layer(layer, _Place(index, probe, caches.records[index], call), routing)
+        _fused(layer, _Place(index, probe, caches.records[index], call), routing)
         for index, (layer, call) in enumerate(zip(layers, calls, strict=True))
     ]
     fused = [layer for layer in built if layer is not None]
@@ -123,9 +137,21 @@ def fuse_layers(model: Any, probe: LayerProbe, caches: NativeCaches, routing: Ro
             worst,
         )
         return 0
-    model.set_submodule(name, nn.ModuleList(layer for layer, _ in fused))
-    log.info("decoder layers fused count=%d relative_difference=%.1e", len(fused), worst)
+    stretches = _stretches([layer for layer, _ in fused])
+    model.set_submodule(name, nn.ModuleList(FusedLayers(stretch, routing) for stretch in stretches))
+    log.info(
+        "decoder layers fused count=%d calls=%d relative_difference=%.1e", len(fused), len(stretches), worst
+    )
     return len(fused)
+
+
+def _stretches(layers: Sequence[_Fused]) -> list[Sequence[_Fused]]:
+    """Layers to be computed in one call: all, if they share their rotary tables.
+
+    Otherwise each alone, since a model chooses the table of a layer by its place in the list.
+    """
+    tables = {layer.call.rotary_table for layer in layers}
+    return [layers] if len(tables) == 1 else [[layer] for layer in layers]
 
 
 def _decoder_layers(model: nn.Module, count: int) -> tuple[str, Sequence[nn.Module]]:
@@ -136,7 +162,7 @@ def _decoder_layers(model: nn.Module, count: int) -> tuple[str, Sequence[nn.Modu
     return "", []
 
 
-def _fused_layer(layer: Any, place: _Place, routing: Routing) -> tuple[FusedLayer, float] | None:
+def _fused(layer: Any, place: _Place, routing: Routing) -> tuple[_Fused, float] | None:
     """The layer and how far it is from transformers' own; None if that has other parts.
 
     Some layers are given rotary angles and do not use them; which, their own result tells.
@@ -146,8 +172,8 @@ def _fused_layer(layer: Any, place: _Place, routing: Routing) -> tuple[FusedLaye
         return None
     tried = []
     for form in (parts, replace(parts, rotary_width=0)):
-        fused = FusedLayer(layer, DecoderLayer(form), routing, in_tuple=place.call.in_tuple)
-        tried.append((fused, _difference(fused, place.call)))
+        fused = _Fused(layer, place.call, form)
+        tried.append((fused, _difference(FusedLayers([fused], routing), place.call)))
         if tried[-1][1] <= _TOLERANCE:
             return tried[-1]
     return tried[0]
@@ -282,7 +308,7 @@ def _probe_step(caches: NativeCaches, tokens: int) -> NativeStep:
     return NativeStep(rows, caches.records)
 
 
-def _difference(layer: FusedLayer, call: _Call) -> float:
+def _difference(layer: FusedLayers, call: _Call) -> float:
     """Largest difference to what transformers' layer made, relative to its largest value."""
     with torch.inference_mode():
         output = layer(call.hidden_states.clone(), **call.keywords)

@@ -157,7 +157,14 @@ QC_API void qc_argmax(const float *x, int64_t ldx, int64_t *index, int32_t rows,
   with_crew(threads, [=](const Crew &crew) { kernels->argmax(x, ldx, index, rows, width, crew); });
 }
 
-QC_API void qc_layer_forward(const qc_layer *layer, const qc_step *step, float *x) {
-  float *memory = scratch.floats(kernels->layer_size(*layer, *step));
-  with_crew(step->threads, [=](const Crew &crew) { kernels->layer(*layer, *step, x, memory, crew); });
+QC_API void qc_layers_forward(const qc_layer *const *layers, int64_t count, const qc_step *step, float *x) {
+  int64_t size = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t needed = kernels->layer_size(*layers[i], *step);
+    if (needed > size) size = needed;
+  }
+  float *memory = scratch.floats(size);
+  with_crew(step->threads, [=](const Crew &crew) {
+    for (int64_t i = 0; i < count; ++i) kernels->layer(*layers[i], *step, x, memory, crew);
+  });
 }

@@ -150,8 +150,8 @@ void qc_rotary(float *x, int64_t ldx, int32_t heads, int32_t width, const float 
 void qc_gated(const float *x, int64_t ldx, float *y, int64_t ldy, int32_t rows, int32_t width, int32_t activation,
               int32_t threads);
 
-// x [T, hidden], contiguous, becomes the layer's output.
-void qc_layer_forward(const qc_layer *layer, const qc_step *step, float *x);
+// x [T, hidden], contiguous, becomes the output of the last of the layers, each taking that of the one before.
+void qc_layers_forward(const qc_layer *const *layers, int64_t count, const qc_step *step, float *x);
 
 // Index of the largest value of each row, the first of equals; -1 if any value of the row is not finite.
 void qc_argmax(const float *x, int64_t ldx, int64_t *index, int32_t rows, int64_t width, int32_t threads);

@@ -32,10 +32,10 @@ MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omi
 RACES = ("-fsanitize=thread", "-g1")  # a race ends the program with 66
 FUNCTIONS = (
     "qc_linear_forward", "qc_lora_delta", "qc_cache_write", "qc_attention", "qc_rms_norm", "qc_rotary",
-    "qc_gated", "qc_argmax", "qc_layer_forward", "threads",
+    "qc_gated", "qc_argmax", "qc_layers_forward", "threads",
 )  # fmt: skip
 """What the self-test prints about under every instruction set, besides child_process."""
-MEDIUM = ("qc_linear_forward/medium", "qc_layer_forward/medium")
+MEDIUM = ("qc_linear_forward/medium", "qc_layers_forward/medium")
 """And under those alone that have products of medium precision."""
 TIMEOUT_S = 500
 
@@ -165,7 +165,7 @@ def test_no_two_threads_meet_in_memory(tmp_path: Path) -> None:
     trial = subprocess.run([program, "none"], capture_output=True, text=True, timeout=TIMEOUT_S)
     if "unexpected memory mapping" in trial.stderr:
         pytest.skip("this kernel places memory where ThreadSanitizer cannot have it")
-    assert "threads" in checked_run([program, "qc_lora_delta", "qc_layer_forward", *MEDIUM, "threads"])
+    assert "threads" in checked_run([program, "qc_lora_delta", "qc_layers_forward", *MEDIUM, "threads"])
 
 
 def test_an_arm_processor_computes_the_same_bits(tmp_path: Path, here: Checksums) -> None:

@@ -129,7 +129,8 @@ inline Matrix forward(const LayerCase &test, const Cache &cache, const LayerStep
   const qc_step step_record = {step.segments.data(), step.segments.size(), step.cosines.floats.data(),
                                step.sines.floats.data(), step.paging.record, x.rows, threads};
   Matrix out = x;
-  qc_layer_forward(&record, &step_record, out.floats.data());
+  const qc_layer *const layers[] = {&record};
+  qc_layers_forward(layers, 1, &step_record, out.floats.data());
   return out;
 }
 

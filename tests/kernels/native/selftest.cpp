@@ -32,11 +32,11 @@ constexpr Function kFunctions[] = {
     {"qc_rotary", rotary_cases, 1e-6},
     {"qc_gated", gated_cases, 1e-6},
     {"qc_argmax", argmax_cases, 0.0},
-    {"qc_layer_forward", highest_layer_cases, 1e-5},
+    {"qc_layers_forward", highest_layer_cases, 1e-5},
     {"threads", thread_cases, 0.0},
     {"child_process", child_cases, 0.0},
     {"qc_linear_forward/medium", medium_linear_cases, 1e-6, true},
-    {"qc_layer_forward/medium", medium_layer_cases, 0.0, true},
+    {"qc_layers_forward/medium", medium_layer_cases, 0.0, true},
 };
 constexpr const char *kIsas[] = {"generic", "neon", "avx2", "avx512"};  // by qc_isa
 
