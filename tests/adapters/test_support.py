@@ -74,7 +74,7 @@ def test_a_configuration_that_makes_no_model_is_refused(tmp_path: Path) -> None:
         supported_config(folder)
 
 
-@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+@pytest.mark.parametrize("rope_type", ["linear", "yarn", "llama3"])
 def test_scaled_positions_are_served(rope_type: str, tmp_path: Path) -> None:
     folder = _with_rope(tmp_path, rope_type)
     assert supported_config(folder).rope_parameters["rope_type"] == rope_type
@@ -138,5 +138,8 @@ def _config(folder: Path, model_type: str) -> Path:
 
 def _with_rope(folder: Path, rope_type: str) -> Path:
     build_tiny_model(folder)
-    rewrite_config(folder, rope_parameters={"rope_type": rope_type, "factor": 2.0, "rope_theta": 1e4})
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    rewrite_config(
+        folder, rope_parameters={"rope_type": rope_type, "factor": 2.0, "rope_theta": 1e4} | llama3
+    )
     return folder
