@@ -1,78 +1,62 @@
-"""Closed-loop load: so many clients, each asking again as soon as it is answered."""
+"""Load: closed-loop clients that ask again once answered, and open-loop ones that ask when it is time."""
 
 import asyncio
-import random
-import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
-from quickchange import AsyncClient
+from tests.bench.answers import Answer, Ask, Load
 
-
-@dataclass(frozen=True)
-class Ask:
-    """One request: token ids and the name of an adapter, empty for the base."""
-
-    prompt: tuple[int, ...]
-    adapter: str
+Asker = Callable[[Ask], Awaitable[Answer]]
+"""Sends one request and reads its answer to the end; raises whatever went wrong."""
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Seconds, tokens and ratios of one scenario."""
-
-    scenario: str
-    concurrency: int
-    requests: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    first_token_p50_s: float
-    first_token_p99_s: float
-    adapters_in_a_step: int
+class ShortAnswerError(Exception):
+    """Fewer tokens than were asked for: figures of it would not compare."""
 
 
-def random_asks(count: int, adapters: Sequence[str], prompt_tokens: int, seed: int) -> list[Ask]:
-    """Prompts of random tokens, adapters in turn."""
-    generator = random.Random(seed)
-    return [
-        Ask(tuple(generator.randrange(10, 250) for _ in range(prompt_tokens)), adapters[i % len(adapters)])
-        for i in range(count)
-    ]
+async def closed_loop(asker: Asker, asks: Iterable[Ask], concurrency: int) -> Load:
+    """Sends every ask once, `concurrency` at a time."""
+    run = _Run(asker)
+    queue = iter(asks)
+    began_s = time.perf_counter()
+    await asyncio.gather(*(run.work_off(queue) for _ in range(concurrency)))
+    return run.load(time.perf_counter() - began_s)
 
 
-async def closed_loop(
-    address: str, scenario: str, asks: Sequence[Ask], concurrency: int, new_tokens: int
-) -> Measurement:
-    """Sends every ask once, `concurrency` at a time; each answer has exactly `new_tokens` tokens."""
-    queue = list(reversed(asks))
-    first_tokens_s: list[float] = []
-    tokens = 0
-    async with AsyncClient(address) as client:
+async def open_loop(asker: Asker, asks: Sequence[Ask], moments_s: Sequence[float]) -> Load:
+    """Sends every ask at its moment, whether or not earlier ones are answered; latencies count from then."""
+    run = _Run(asker)
+    began_s = time.perf_counter()
 
-        async def worker() -> None:
-            nonlocal tokens
-            while queue:
-                ask = queue.pop()
-                answer = await client.generate(
-                    ask.prompt, adapter=ask.adapter, max_new_tokens=new_tokens, ignore_eos=True
-                )
-                tokens += answer.usage.completion_tokens
-                first_tokens_s.append(answer.timings.time_to_first_token_s)
+    async def send(ask: Ask, moment_s: float) -> None:
+        await asyncio.sleep(max(0.0, began_s + moment_s - time.perf_counter()))
+        await run.send(ask, due_s=began_s + moment_s)
 
-        began_s = time.perf_counter()
-        await asyncio.gather(*(worker() for _ in range(concurrency)))
-        seconds = time.perf_counter() - began_s
-        steps = (await client.server_info()).steps
-    return Measurement(
-        scenario,
-        concurrency,
-        len(asks),
-        tokens,
-        seconds,
-        tokens / seconds,
-        statistics.median(first_tokens_s),
-        max(first_tokens_s) if len(first_tokens_s) < 100 else statistics.quantiles(first_tokens_s, n=100)[98],
-        steps.max_adapters_in_step,
-    )
+    await asyncio.gather(*(send(ask, moment) for ask, moment in zip(asks, moments_s, strict=True)))
+    return run.load(time.perf_counter() - began_s)
+
+
+class _Run:
+    """Answers and failures of one run."""
+
+    def __init__(self, asker: Asker) -> None:
+        self._asker = asker
+        self._answers: list[Answer] = []
+        self._failures: Counter[str] = Counter()
+
+    async def work_off(self, queue: Iterator[Ask]) -> None:
+        for ask in queue:
+            await self.send(ask)
+
+    async def send(self, ask: Ask, due_s: float | None = None) -> None:
+        try:
+            answer = await self._asker(ask)
+        except Exception as error:  # whatever it is, it is a failed request and counted
+            self._failures[f"{type(error).__name__}: {error}"[:200]] += 1
+        else:
+            self._answers.append(answer if due_s is None else replace(answer, asked_s=due_s))
+
+    def load(self, seconds: float) -> Load:
+        return Load(tuple(self._answers), self._failures, seconds)
