@@ -13,25 +13,6 @@ from tests.bench.subject import Pool, Subject
 QUANTIZATION = "Q4_0"
 ADAPTER_FILE = "adapter.gguf"
 
-_CONVERT_BASE = """
-import runpy, sys
-sys.path[:0] = [{root!r}, {root!r} + "/gguf-py"]
-try:
-    from conversion.base import TextModel
-except ImportError:
-    TextModel = None
-if TextModel is not None:
-    known = TextModel.get_vocab_base_pre
-    def named(self, tokenizer):
-        try:
-            return known(self, tokenizer)
-        except NotImplementedError:  # a tokenizer that it has no name for; prompts are token ids here
-            return "gpt-2"
-    TextModel.get_vocab_base_pre = named
-sys.argv = [{script!r}, *sys.argv[1:]]
-runpy.run_path({script!r}, run_name="__main__")
-"""
-
 
 class ConversionError(Exception):
     """llama.cpp's scripts refused; the message has their last words."""
@@ -69,18 +50,8 @@ class LlamaFiles:
         def model(folder: Path) -> None:
             tell("llama: converting the base")
             whole, small = folder / "f16.gguf", folder / f"{QUANTIZATION}.gguf"
-            script = str(sources / "convert_hf_to_gguf.py")
-            program = _CONVERT_BASE.format(root=str(sources), script=script)
-            _run(
-                sys.executable,
-                "-c",
-                program,
-                str(subject.folder),
-                "--outfile",
-                str(whole),
-                "--outtype",
-                "f16",
-            )
+            converter = [sys.executable, "-m", "tests.bench.peers.convert_base"]
+            _run(*converter, str(sources), str(subject.folder), str(whole))
             _run(str(quantize), str(whole), str(small), QUANTIZATION)
             whole.unlink()
 
@@ -101,4 +72,4 @@ def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-3:]
-        raise ConversionError(f"{Path(command[1]).name}: {' | '.join(last)}")
+        raise ConversionError(f"{' '.join(command[:3])}: {' | '.join(last)}")
