@@ -62,12 +62,17 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Everything that one run of requests brought."""
+    """Everything that one run of requests brought.
+
+    Attributes:
+        foreign_share: part of the processors that programs had which were not measured.
+    """
 
     answers: tuple[Answer, ...]
     failures: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     steps: Steps | None = None
+    foreign_share: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -98,7 +103,8 @@ class Figures:
     Attributes:
         tokens_per_second: median of the passes; lowest and highest beside it.
         rates: of each pass, to be compared with another contender's of the same pass.
-        cached_share: part of the prompt tokens that the server had cached.
+        cached_tokens: of all prompts, as the server says.
+        foreign_share: part of the processors that other programs had, mean of the passes.
     """
 
     requests: int
@@ -112,6 +118,7 @@ class Figures:
     total_s: Spread
     cached_tokens: int
     steps: Steps | None
+    foreign_share: float = 0.0
 
     @classmethod
     def of(cls, loads: Sequence[Load]) -> "Figures":
@@ -129,6 +136,7 @@ class Figures:
             total_s=Spread.of([answer.total_s for answer in answers]),
             cached_tokens=sum(answer.cached_tokens for answer in answers),
             steps=loads[-1].steps,
+            foreign_share=statistics.mean(load.foreign_share for load in loads),
         )
 
 

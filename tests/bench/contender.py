@@ -8,6 +8,7 @@ from typing import Protocol
 from tests.bench.answers import Ask, Figures, Load
 from tests.bench.arrivals import Prompts
 from tests.bench.cells import Cell, shuffled
+from tests.bench.noise import QUIET_SHARE, CpuClock
 from tests.bench.processes import Process
 
 WARM_UP_TOKENS = 4
@@ -82,7 +83,9 @@ class Tournament:
         contender.process.resume()
         try:
             self._warm_up(contender, cell, asks)
-            return contender.measure(cell, asks)
+            before = CpuClock.read(contender.process)
+            load = contender.measure(cell, asks)
+            return replace(load, foreign_share=before.foreign_share(CpuClock.read(contender.process)))
         finally:
             contender.process.pause()
 
@@ -117,6 +120,8 @@ class Progress:
 
 
 def _line(place: str, name: str, cell: Cell, load: Load) -> str:
-    failed = f", {sum(load.failures.values())} FAILED" if load.failures else ""
+    notes = f", {sum(load.failures.values())} FAILED" if load.failures else ""
+    if load.foreign_share > QUIET_SHARE:
+        notes += f", {load.foreign_share:.0%} of the processors went to others"
     where = f"{cell.scenario}, {cell.load}"
-    return f"{place:>8}  {name:<18} {where:<42} {load.tokens_per_second:7.1f} tokens/s{failed}"
+    return f"{place:>8}  {name:<18} {where:<42} {load.tokens_per_second:7.1f} tokens/s{notes}"

@@ -57,6 +57,12 @@ class Process:
         root = psutil.Process(self._popen.pid)
         return sum(each.memory_full_info().pss for each in [root, *root.children(recursive=True)])
 
+    def cpu_seconds(self) -> float:
+        """Processor time of all its processes so far."""
+        root = psutil.Process(self._popen.pid)
+        clocks = [each.cpu_times() for each in [root, *root.children(recursive=True)]]
+        return float(sum(clock.user + clock.system for clock in clocks))
+
     def memory(self) -> tuple[int, int]:
         """Resident bytes of the first process, and those of them that are files mapped into it."""
         info = psutil.Process(self._popen.pid).memory_info()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.bench.cold import ColdStart
 from tests.bench.contender import Result
 from tests.bench.interference import Interference
 from tests.bench.memory import Footprint
+from tests.bench.noise import QUIET_SHARE
 from tests.bench.ratios import Ratio, ratio_of_residents, ratios_of
 
 MIB = 1024 * 1024
@@ -44,12 +46,23 @@ class Report:
         parts = [
             _results_table(self.results),
             _results_table(self.residents),
+            self._noise_lines(),
             _ratios_table(self.ratios),
             self._cold_lines(),
             _memory_table(self.footprints),
             [f"{name}: {size / MIB:.0f} MiB resident" for name, size in self.process_bytes.items()],
         ]
         return "\n\n".join("\n".join(part) for part in parts if part)
+
+    def _noise_lines(self) -> list[str]:
+        shares = [result.figures.foreign_share for result in [*self.results, *self.residents]]
+        if max(shares, default=0.0) <= QUIET_SHARE:
+            return []
+        return [
+            f"NOT A QUIET MACHINE: other programs had {statistics.mean(shares):.0%} of the processors on "
+            f"average, {max(shares):.0%} in the worst cell;",
+            "contenders whose threads wait for each other at every step suffer from it most.",
+        ]
 
     def _cold_lines(self) -> list[str]:
         lines = []
@@ -76,7 +89,8 @@ def _results_table(results: Sequence[Result]) -> list[str]:
     lines = [
         f"{'':<62}{'tokens/s':>10}{'':>15}{'milliseconds, p50/p95/p99':>28}",
         f"{'scenario':<30}{'load':<14}{'who':<18}{'median':>10}{'(passes)':>15}"
-        f"{'first token':>18}{'inter-token':>17}{'whole answer':>20}{'adapters/step':>15}{'failed':>8}",
+        f"{'first token':>18}{'inter-token':>17}{'whole answer':>20}{'adapters/step':>15}"
+        f"{'failed':>8}{'noise':>7}",
     ]
     return lines + [_result_line(result) for result in results]
 
@@ -88,7 +102,7 @@ def _result_line(result: Result) -> str:
     return (
         f"{cell.scenario:<30}{cell.load:<14}{result.contender:<18}{figures.tokens_per_second:>10.1f}{passes:>15}"
         f"{_spread(figures.first_token_s):>18}{_spread(figures.inter_token_s):>17}"
-        f"{_spread(figures.total_s):>20}{held:>15}{sum(figures.failures.values()):>8}"
+        f"{_spread(figures.total_s):>20}{held:>15}{sum(figures.failures.values()):>8}{figures.foreign_share:>7.0%}"
     )
 
 

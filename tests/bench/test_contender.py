@@ -1,5 +1,7 @@
 """Contenders take turns, are paused while others are measured, and get the same requests."""
 
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from tests.bench.answers import Answer, Ask, Load
 from tests.bench.arrivals import Prompts
 from tests.bench.cells import Cell
 from tests.bench.contender import WARM_UP_TOKENS, Tournament
+from tests.bench.noise import CpuClock
 from tests.bench.processes import Process, running, wait_until
 
 CELLS = [Cell(2, concurrency, 4, prompt_tokens=8, new_tokens=16) for concurrency in (1, 2)]
@@ -80,3 +83,13 @@ def test_a_paused_process_does_not_run_and_still_stops(tmp_path: Path) -> None:
         wait_until(process, lambda: child.status() != psutil.STATUS_STOPPED, timeout_s=10)
         process.pause()
     assert not child.is_running()
+
+
+def test_what_other_programs_use_is_seen_and_what_is_measured_is_not(tmp_path: Path) -> None:
+    burn = [sys.executable, "-c", "while True: pass"]
+    with running(["sleep", "60"], tmp_path / "a") as idle, running(burn, tmp_path / "b") as busy:
+        before_idle, before_busy = CpuClock.read(idle), CpuClock.read(busy)
+        time.sleep(1.0)
+        seen_by_idle = before_idle.foreign_share(CpuClock.read(idle))
+        seen_by_busy = before_busy.foreign_share(CpuClock.read(busy))
+    assert seen_by_idle > seen_by_busy

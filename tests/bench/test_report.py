@@ -83,7 +83,7 @@ def full_report() -> Report:
 def test_the_table_holds_every_figure() -> None:
     text = full_report().text()
     (line,) = [line for line in text.splitlines() if "llama-server " in line and "at once" in line][:1]
-    assert line.split()[-4:] == ["12.0/34.0/560", "12.0/34.0/560", "12.0/34.0/560", "0"]
+    assert line.split()[-5:] == ["12.0/34.0/560", "12.0/34.0/560", "12.0/34.0/560", "0", "0%"]
     assert "(15.0–33.0)" in line
     for figure in ("308 ms", "difference 21.0", "p99 × 1.25", "288 loads", "460.0", "500 MiB"):
         assert figure in text, figure
@@ -92,6 +92,13 @@ def test_the_table_holds_every_figure() -> None:
 def test_columns_line_up() -> None:
     header, *rows = full_report().text().split("\n\n")[0].splitlines()[1:]
     assert {len(row) for row in rows} == {len(header)}
+
+
+def test_a_noisy_machine_is_told_of() -> None:
+    quiet, noisy = full_report(), full_report()
+    noisy.results = [replace(r, figures=replace(r.figures, foreign_share=0.3)) for r in RESULTS]
+    assert "NOT A QUIET MACHINE" not in quiet.text()
+    assert "NOT A QUIET MACHINE: other programs had 30%" in noisy.text()
 
 
 def test_an_empty_report_prints_nothing() -> None:

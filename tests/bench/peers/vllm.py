@@ -1,5 +1,6 @@
 """vLLM's server on the same base, in bfloat16: it has no NF4 for a CPU."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +55,8 @@ def vllm_server(
     count = str(len(pool.folders))
     command += ["--enable-lora", "--max-loras", count, "--max-cpu-loras", count, "--max-lora-rank", str(rank)]
     command += ["--lora-modules", *(f"{name}={folder}" for name, folder in pool.folders.items())]
-    log, environment = scratch / "vllm.log", own_environment(**_ENVIRONMENT)
-    with running(command, log, environment=environment, output="log") as process:
+    cores = f"0-{(os.cpu_count() or 1) - 1}"
+    environment = own_environment(VLLM_CPU_OMP_THREADS_BIND=cores, **_ENVIRONMENT)
+    with running(command, scratch / "vllm.log", environment=environment, output="log") as process:
         wait_until_healthy(process, port)
         yield VllmServer("vllm", process, port, list(pool.folders))
