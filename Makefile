@@ -35,7 +35,7 @@ test: $(STAMP)  ## Every test that is not slow
 test-slow: $(STAMP)  ## The slow ones too
 	$(BIN)/python -m pytest -m 'not bench' $(ARGS)
 
-bench: $(STAMP)  ## Benchmarks: a table and JSON
+bench: $(STAMP)  ## The server beside others: tables, JSON, plots; ARGS=--quick for a short run
 	$(BIN)/python -m tests.bench $(ARGS)
 
 bench-kernels: $(STAMP)  ## Benchmarks of the kernels alone

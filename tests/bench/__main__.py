@@ -5,6 +5,7 @@ Prints tables, writes JSON and plots. Ratios within one run are what counts: mac
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from dataclasses import asdict
@@ -20,6 +21,8 @@ from tests.bench.report import Report
 
 
 def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     spin_briefly(os.environ)  # for the server and PEFT alike; others choose for themselves
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -38,6 +41,11 @@ def main() -> None:
     print(report.text())
     pictures = plot_all(report, options.out, options.at)
     print("\nwrote", *[options.out / "bench.json", *pictures])
+
+
+def _stop(number: int, _: object) -> None:
+    """Leaves through every `with`, so that no paused server stays behind."""
+    raise SystemExit(128 + number)
 
 
 def _keep_logs(scratch: Path, folder: Path) -> None:

@@ -72,9 +72,10 @@ class Process:
         self.resume()
         self._signal(signal.SIGTERM)
         try:
-            self._popen.wait(STOP_S)
+            with suppress(subprocess.TimeoutExpired):
+                self._popen.wait(STOP_S)
         finally:
-            self._signal(signal.SIGKILL)  # what the program started and left behind
+            self._signal(signal.SIGKILL)  # whatever did not go, and what the program left behind
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
