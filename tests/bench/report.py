@@ -47,6 +47,7 @@ class Report:
             _results_table(self.results),
             _results_table(self.residents),
             self._noise_lines(),
+            self._sharing_lines(),
             _ratios_table(self.ratios),
             self._cold_lines(),
             _memory_table(self.footprints),
@@ -63,6 +64,19 @@ class Report:
             f"average, {max(shares):.0%} in the worst cell;",
             "contenders whose threads wait for each other at every step suffer from it most.",
         ]
+
+    def _sharing_lines(self) -> list[str]:
+        lines = []
+        steps = [result.figures.steps for result in self.results if result.figures.steps is not None]
+        if steps:
+            lines.append(f"most different adapters in one step: {max(each.most_adapters for each in steps)}")
+        for result in self.results:
+            if (cached := result.figures.cached_tokens) > 0:
+                prompts = result.figures.requests * result.cell.prompt_tokens
+                lines.append(
+                    f"{result.cell.scenario}: {cached / prompts:.0%} of the prompts' tokens were cached"
+                )
+        return lines
 
     def _cold_lines(self) -> list[str]:
         lines = []
@@ -139,7 +153,7 @@ def _ms(seconds: float) -> str:
     if math.isnan(seconds):
         return "–"
     milliseconds = seconds * 1e3
-    return f"{milliseconds:.1f}" if milliseconds < 100 else f"{milliseconds:.0f}"
+    return f"{milliseconds:.1f}" if milliseconds < 99.95 else f"{milliseconds:.0f}"
 
 
 def _plain(value: Any) -> Any:

@@ -101,6 +101,15 @@ def test_a_noisy_machine_is_told_of() -> None:
     assert "NOT A QUIET MACHINE: other programs had 30%" in noisy.text()
 
 
+def test_what_requests_shared_is_told() -> None:
+    report = full_report()
+    cell = replace(CELL, kind="shared prefix", prefix_tokens=96)
+    figures = replace(RESULTS[1].figures, cached_tokens=32 * 64)
+    report.results = [*RESULTS, Result(OURS, cell, figures)]
+    assert "most different adapters in one step: 16" in report.text()
+    assert "shared prefix: 50% of the prompts' tokens were cached" in report.text()
+
+
 def test_an_empty_report_prints_nothing() -> None:
     assert Report({}, {}).text() == ""
 
