@@ -32,7 +32,8 @@ inline Linear random_linear(Random &random, int in, int out, int slots, qc_preci
   const int group = in % 64 == 0 ? 64 : in % 32 == 0 ? 32 : in % 16 == 0 ? 16 : 8;
   const qc_form form = random.one_of({QC_NF4, QC_NF4, QC_DENSE_F32, QC_DENSE_BF16});
   const bool with_bias = random.coin();
-  Linear linear(random, form, group, in, out, with_bias, precision == QC_MEDIUM && random.coin() ? precision : QC_HIGHEST);
+  const qc_precision own = precision == QC_MEDIUM && random.coin() ? QC_MEDIUM : QC_HIGHEST;
+  Linear linear(random, form, group, in, out, with_bias, own);
   std::vector<int> ranks;
   for (int i = random.below(slots + 1); i > 0; --i) ranks.push_back(random.one_of({0, 1, 4, 7, 8, 33}));
   linear.attach(random, ranks);
