@@ -46,6 +46,12 @@ log = logging.getLogger(__name__)
 
 VERSION: Final = version("quickchange")
 
+_SWITCH_INTERVAL_S: Final = 0.0002
+"""How long a thread may keep the interpreter that another one wants; Python's default is 0.005.
+
+The engine asks for it after every native operation. A load of an adapter, or the event loop with many
+streams, would hold each of these up for as long.
+"""
 _FLUSH_S: Final = 2.0  # for last messages to reach readers once nothing runs any more
 _ENVELOPE_BYTES: Final = MIB  # of a message, on top of its prompt or chunk
 
@@ -69,6 +75,7 @@ def serve(settings: ServerSettings) -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
         _check_free("--port", settings.grpc.host, settings.grpc.port)
         _check_free("--metrics-port", settings.metrics.host, settings.metrics.port)

@@ -218,11 +218,14 @@ QC_INLINE void linear_with_update(const qc_linear *const *parts, int part_count,
       plan_lora(parts, part_count, segments, segment_count, (LoraBlock *)memory, crew.threads);
   float *shrunk = memory + work.count * (int64_t)(sizeof(LoraBlock) / sizeof(float));
   const int64_t products = with_product && rows > 0 ? product_pieces(parts, part_count, rows) : 0;
-  crew.each(products + work.count * work.rank_pieces, [&](int64_t piece) {
-    if (piece < products)
-      product_piece(parts, piece, input, y, ldy, rows, accumulate);
+  // Products compute while shrinking waits for memory: taken in turn, some thread is always at each.
+  const int64_t shrinks = work.count * work.rank_pieces, pieces = products + shrinks;
+  crew.each(pieces, [&](int64_t piece) {
+    const int64_t before = piece * products / pieces;
+    if ((piece + 1) * products / pieces > before)
+      product_piece(parts, before, input, y, ldy, rows, accumulate);
     else
-      shrink_piece(work, piece - products, x, ldx, shrunk);
+      shrink_piece(work, piece - before, x, ldx, shrunk);
   });
   if (work.count > 0)
     crew.each(work.count * work.column_pieces, [&](int64_t piece) { expand_piece(work, piece, shrunk, y, ldy); });

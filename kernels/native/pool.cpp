@@ -12,6 +12,8 @@ namespace qc {
 namespace {
 
 constexpr int kMaxHelpers = 255;
+constexpr int64_t kOwnedSpinUs = 300;    // a helper looks so much longer while an operation is under way
+constexpr int64_t kWorthWakingUs = 20;  // a phase that takes longer calls helpers that fell asleep during the one before
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -43,12 +45,7 @@ class Pool {
     if (helpers > kMaxHelpers) helpers = kMaxHelpers;
     while (created_ < helpers && create()) ++created_;
     wanted_.store(helpers, std::memory_order_relaxed);
-    if (asleep_.load() > 0) {
-      pthread_mutex_lock(&mutex_);
-      ++calls_;
-      pthread_cond_broadcast(&condition_);
-      pthread_mutex_unlock(&mutex_);
-    }
+    if (asleep_.load() > 0) wake();
   }
 
   void run(uint32_t pieces, void (*piece)(void *, int64_t), void *work) {
@@ -58,8 +55,13 @@ class Pool {
     done_.store(0, std::memory_order_relaxed);
     total_.store(word_of(phase, pieces), std::memory_order_release);
     next_.store(word_of(phase, 0), std::memory_order_seq_cst);
-    while (take_piece()) {
-    }
+    const bool alone = asleep_.load(std::memory_order_relaxed) > 0;
+    const int64_t long_us = alone ? now_us() + kWorthWakingUs : 0;
+    for (bool woken = !alone; take_piece();)
+      if (!woken && now_us() >= long_us) {
+        wake();
+        woken = true;
+      }
     while (done_.load(std::memory_order_acquire) != pieces) relax();
   }
 
@@ -77,6 +79,13 @@ class Pool {
     piece_(work_, count_of(seen));
     done_.fetch_add(1, std::memory_order_release);
     return true;
+  }
+
+  void wake() {
+    pthread_mutex_lock(&mutex_);
+    ++calls_;
+    pthread_cond_broadcast(&condition_);
+    pthread_mutex_unlock(&mutex_);
   }
 
   bool create() {
@@ -121,7 +130,7 @@ class Pool {
           relax();
         }
         if (until_us == 0) until_us = now_us() + spin_us;
-      } while (now_us() < until_us);
+      } while (now_us() < until_us + (owned_.load(std::memory_order_relaxed) ? kOwnedSpinUs : 0));
       sleep();
     }
   }

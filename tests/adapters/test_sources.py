@@ -174,7 +174,8 @@ def gguf_file(model: Path) -> Path:
 
 
 def test_gguf_becomes_the_same_model(gguf_file: Path, model: Path, base_cache: Path) -> None:
-    base = load_base(str(gguf_file), quantization="none", device="cpu", cache_dir=base_cache, progress=False)
+    options: dict[str, Any] = {"device": "cpu", "matmul_precision": "highest", "progress": False}
+    base = load_base(str(gguf_file), quantization="none", cache_dir=base_cache, **options)
     expected = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).float()
     torch.testing.assert_close(logits(base.model), logits(expected), rtol=1e-4, atol=1e-4)
     original = build_tokenizer()

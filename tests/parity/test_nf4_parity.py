@@ -147,7 +147,7 @@ def test_mixed_requests_have_the_oracles_top_token_and_logprobs(pair: Pair) -> N
         assert answer.token_ids[0] == int(logits.argmax()), (prompt, adapter)
         expected = torch.log_softmax(logits, 0)
         for token, logprob in answer.logprobs[0].alternatives:
-            assert abs(logprob - float(expected[token])) < 0.1
+            assert abs(logprob - float(expected[token])) < max(0.1, 4 * pair.form.tolerance)
 
 
 @pytest.mark.parametrize("adapter", ["", "a", "b"])
