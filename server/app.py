@@ -221,7 +221,7 @@ class Server:
                 max_context_tokens=self._engine.max_context_tokens,
                 max_running_requests=engine.max_running_requests,
                 max_waiting_requests=engine.max_waiting_requests,
-                max_batch_tokens=engine.max_batch_tokens,
+                max_batch_tokens=self._engine.max_batch_tokens,
                 max_upload_bytes=limits.max_upload_bytes,
                 max_adapter_rank=engine.max_adapter_rank,
             ),

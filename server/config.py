@@ -19,6 +19,9 @@ KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
 
+_CPU_BATCH_TOKENS = 128
+_BATCH_TOKENS = 2048
+
 
 class SettingsError(Exception):
     """A setting is missing, unknown or out of its range; the message names it, its value and its source."""
@@ -101,8 +104,12 @@ class EngineSettings(_Section):
 
     max_running_requests: Annotated[int, About("requests in one forward pass", 1, 4096)] = 32
     max_waiting_requests: Annotated[int, About("queue length; more is refused", 1, 1_000_000)] = 256
-    max_batch_tokens: Annotated[int, About("tokens computed in one step", 1, 1_000_000)] = 512
-    prefill_chunk_tokens: Annotated[int, About("tokens of one prompt in one step", 1, 1_000_000)] = 256
+    max_batch_tokens: Annotated[
+        int | None, About("tokens computed in one step; unset: 128 on a CPU, else 2048", 1, 1_000_000)
+    ] = None
+    prefill_chunk_tokens: Annotated[
+        int | None, About("tokens of one prompt in one step; unset: all of the step's", 1, 1_000_000)
+    ] = None
     block_tokens: Annotated[int, About("tokens of one key-value block", 1, 1024)] = 16
     kv_bytes: Annotated[int | None, About("memory for keys and values; unset: chosen at start", 1)] = None
     adapter_device_bytes: Annotated[
@@ -133,8 +140,14 @@ class EngineSettings(_Section):
         self._check_fits_a_step("prefill_chunk_tokens", self.prefill_chunk_tokens)
         self._check_fits_a_step("max_running_requests", self.max_running_requests)  # each needs a token
 
-    def _check_fits_a_step(self, name: str, value: int) -> None:
-        if value > self.max_batch_tokens:
+    def batch_tokens_on(self, device: str) -> int:
+        """Tokens of one step: few on a CPU, which 64 keep busy already, while every stream waits for all."""
+        if self.max_batch_tokens is not None:
+            return self.max_batch_tokens
+        return max(_CPU_BATCH_TOKENS if device == "cpu" else _BATCH_TOKENS, self.max_running_requests)
+
+    def _check_fits_a_step(self, name: str, value: int | None) -> None:
+        if value is not None and self.max_batch_tokens is not None and value > self.max_batch_tokens:
             raise _RangeError(name, f"is {value}, must not exceed max_batch_tokens ({self.max_batch_tokens})")
 
 

@@ -60,6 +60,7 @@ class EngineCore:
         self.vocab_size = base.vocab_size
         self.decoder = decoder_of(base.tokenizer)
         self.counters = StepCounters()
+        self.max_batch_tokens = settings.batch_tokens_on(base.device.type)
         self._metrics = metrics
         self._eos_token_ids = base.eos_token_ids
         self.runner = ModelRunner(base, fuse_layers=settings.fused_layers == "auto")
@@ -92,8 +93,8 @@ class EngineCore:
             BlockPool(budgets.block_count, budgets.block_tokens),
             self.residency,
             max_running=settings.max_running_requests,
-            max_batch_tokens=settings.max_batch_tokens,
-            prefill_chunk_tokens=settings.prefill_chunk_tokens,
+            max_batch_tokens=self.max_batch_tokens,
+            prefill_chunk_tokens=settings.prefill_chunk_tokens or self.max_batch_tokens,
             priority_aging_s=settings.priority_aging_s,
             prefix_cache=settings.prefix_cache == "on",
         )

@@ -73,6 +73,11 @@ class Engine:
         """Prompt and answer together: what the base, the settings and the cache allow."""
         return self._core.max_context_tokens
 
+    @property
+    def max_batch_tokens(self) -> int:
+        """Tokens of one step at most."""
+        return self._core.max_batch_tokens
+
     def submit(self, request: Request) -> RequestStream:
         """Queues a request; call in a running event loop, where its stream will live.
 

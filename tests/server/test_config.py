@@ -35,10 +35,18 @@ def test_flags_beat_environment_beats_file_beats_default(tmp_path: Path) -> None
     assert settings.engine.max_batch_tokens == EngineSettings().max_batch_tokens
 
 
+def test_a_step_has_room_for_every_running_request() -> None:
+    assert EngineSettings().batch_tokens_on("cpu") == 128
+    assert EngineSettings().batch_tokens_on("cuda") == 2048
+    assert EngineSettings(max_running_requests=300).batch_tokens_on("cpu") == 300
+    assert EngineSettings(max_batch_tokens=40).batch_tokens_on("cpu") == 40
+
+
 def test_every_setting_can_come_from_every_source(tmp_path: Path) -> None:
     """Nobody has to remember to wire a new setting."""
     values = {"quantization": "none", "dtype": "float32", "device": "cpu", "host": "::1", "root": "/r"}
     values |= {"source": "s", "cache_dir": "/c", "kernels": "torch"}
+    values |= {"max_batch_tokens": "64"}
     values |= {"fused_layers": "off", "prefix_cache": "off", "matmul_precision": "medium"}
     for setting in all_settings():
         section, name = setting.path.split(".")
@@ -96,7 +104,7 @@ def test_sizes_may_have_units(text: str, size: int) -> None:
         ({}, {"QUICKCHANGE_ENGINE_THREADZ": "2"}, "QUICKCHANGE_ENGINE_THREADZ=2: no such setting"),
         ({"threadz": 2}, {}, "--threadz=2: no such setting"),
         (
-            {"prefill_chunk_tokens": 1024},
+            {"prefill_chunk_tokens": 1024, "max_batch_tokens": 512},
             {},
             "engine.prefill_chunk_tokens is 1024, must not exceed max_batch_tokens (512) "
             "(--prefill-chunk-tokens)",
