@@ -178,20 +178,30 @@ class EngineCore:
         else:
             self._barren_steps = 0
             return batch, logits_SV
-        survivors: list[Row] = []
-        parts = [torch.empty(0, self.vocab_size)]
-        for row in batch.rows:
-            try:
-                parts.append(self.runner.run(Batch((row,))).cpu())
-                survivors.append(row)
-            except Exception as error:
-                log.exception("request failed request_id=%s", row.sequence.request.request_id)
-                reason = f"the forward pass failed: {type(error).__name__}"
-                self._fail(row.sequence, RequestFailedError(reason))
+        computed = [(row, self._forward_alone(row)) for row in batch.rows]
+        # A row that was computed may have gone since then, with another answer of its request.
+        survivors = [
+            (row, logits_SV)
+            for row, logits_SV in computed
+            if logits_SV is not None and row.sequence.phase is not Phase.FINISHED
+        ]
         self._barren_steps = 0 if survivors else self._barren_steps + 1
         if self._barren_steps >= _BARREN_STEPS:
             raise RuntimeError(f"{self._barren_steps} steps in a row failed for every request")
-        return Batch(tuple(survivors)), torch.cat(parts)
+        logits = [torch.empty(0, self.vocab_size), *(logits_SV for _, logits_SV in survivors)]
+        return Batch(tuple(row for row, _ in survivors)), torch.cat(logits)
+
+    def _forward_alone(self, row: Row) -> Tensor | None:
+        """A row's logits; None, and its request has failed, if they could not be computed."""
+        if row.sequence.phase is Phase.FINISHED:
+            return None
+        try:
+            return self.runner.run(Batch((row,))).cpu()
+        except Exception as error:
+            log.exception("request failed request_id=%s", row.sequence.request.request_id)
+            reason = f"the forward pass failed: {type(error).__name__}"
+            self._fail(row.sequence, RequestFailedError(reason))
+            return None
 
     def _advance(self, batch: Batch, logits_SV: Tensor) -> None:
         generations = [self._generations[row.sequence] for row in batch.rows if row.samples]

@@ -102,6 +102,35 @@ def test_a_forward_pass_that_fails_for_one_request_fails_that_one_only(
     assert isinstance(last.error, RequestFailedError)
 
 
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_pass_that_fails_for_one_answer_fails_its_request_and_no_other(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
+    expected = list(harness.run([Ask((1, 2, 3), "", 9)])[0].token_ids)
+    answers = harness.answers_of(Request("victim", tuple(range(9)), SamplingParams(max_new_tokens=50), n=3))
+    original = harness.core.runner.run
+
+    def run(batch: Batch) -> torch.Tensor:
+        victim = answers[bad].sequence
+        if victim.output_length > 2 and any(row.sequence is victim for row in batch.rows):
+            raise RuntimeError("out of memory")
+        return original(batch)
+
+    monkeypatch.setattr(harness.core.runner, "run", run)
+    other = harness.answers_to(Ask((1, 2, 3), "", 9))
+    harness.core.add(answers), harness.core.add(other)
+    events, deadline_s = [], time.monotonic() + 60
+    while not harness.core.is_empty:
+        assert time.monotonic() < deadline_s
+        harness.core.step()
+        events += harness.core.take_events()
+    ends = [event for stream, event in events if stream is answers[0].stream]
+    assert isinstance(ends[-1], Failed)
+    assert sum(isinstance(event, Failed) for event in ends) == 1
+    assert other[0].sequence.output_ids == expected
+    assert harness.core.scheduler.blocks.used_ratio == 0
+
+
 def test_a_damaged_adapter_fails_its_requests_only(harness: Harness) -> None:
     identity = harness.identities["a"]
     path = harness.store.path_of(identity.digest) / "adapter_model.safetensors"
