@@ -168,19 +168,26 @@ TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 
 
+def run_step(scheduler: Scheduler, now_s: float = 0.0) -> list[Sequence]:
+    """One step, whose tokens are all 1; returns the sequences that it ended."""
+    ended = []
+    batch = scheduler.next_batch(now_s)
+    for row in batch.rows if batch else ():
+        scheduler.commit(Batch((row,)))
+        if row.sequence.pending == 0:
+            scheduler.accepted(row.sequence)
+            row.sequence.token_ids.append(1)
+            if len(row.sequence.token_ids) >= row.sequence.max_total_tokens:
+                scheduler.finish(row.sequence)
+                ended.append(row.sequence)
+    return ended
+
+
 def finish_all(scheduler: Scheduler, sequences: list[Sequence], now_s: float = 0.0) -> list[Sequence]:
     """Runs until nothing is left; returns the sequences in the order of their ends."""
     ended: list[Sequence] = []
     for _ in range(1000):
-        batch = scheduler.next_batch(now_s)
-        for row in batch.rows if batch else ():
-            scheduler.commit(Batch((row,)))
-            if row.sequence.pending == 0:
-                scheduler.accepted(row.sequence)
-                row.sequence.token_ids.append(1)
-                if len(row.sequence.token_ids) >= row.sequence.max_total_tokens:
-                    scheduler.finish(row.sequence)
-                    ended.append(row.sequence)
+        ended += run_step(scheduler, now_s)
         if len(ended) == len(sequences):
             return ended
     raise AssertionError(f"{len(sequences) - len(ended)} never ended")
@@ -291,13 +298,5 @@ def test_adapters_in_use_make_room_for_one_that_has_none() -> None:
     ended: list[Sequence] = []
     while third not in ended:
         assert len(ended) < 20, "the third adapter waited for the other two to run dry"
-        batch = scheduler.next_batch(0.0)
+        ended += run_step(scheduler)
         gate.finish_load()
-        for row in batch.rows if batch else ():
-            scheduler.commit(Batch((row,)))
-            if row.sequence.pending == 0:
-                scheduler.accepted(row.sequence)
-                row.sequence.token_ids.append(1)
-                if len(row.sequence.token_ids) >= row.sequence.max_total_tokens:
-                    scheduler.finish(row.sequence)
-                    ended.append(row.sequence)
