@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -25,6 +26,8 @@ from adapters.weights import load_pairs
 from kernels.lora import LoraFactors
 
 log = logging.getLogger(__name__)
+
+_SIZES_KEPT = 4096
 
 
 @dataclass(slots=True)
@@ -82,6 +85,8 @@ class AdapterResidency:
         self._pinned: set[str] = set()
         self._free_slots: list[int] = []
         self._next_slot = 1
+        # Asked for in every step while an adapter waits for room; a content never changes.
+        self._device_bytes = lru_cache(maxsize=_SIZES_KEPT)(self._read_device_bytes)
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
         self._verifier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-verifier")
 
@@ -198,7 +203,7 @@ class AdapterResidency:
         self._loader.shutdown(wait=True, cancel_futures=True)
         self._verifier.shutdown(wait=True)
 
-    def _device_bytes(self, digest: str) -> int:
+    def _read_device_bytes(self, digest: str) -> int:
         """Upper bound of what the adapter takes on the device, known before it is read."""
         facts = self._store.facts_of(digest)
         return facts.parameter_count * self._dtype.itemsize

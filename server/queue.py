@@ -50,10 +50,10 @@ class WaitingQueue:
             del self._lines[_line_of(sequence)]
         self._count -= 1
 
-    def best(self, now_s: float, passed: Set[str]) -> Sequence | None:
-        """Who goes next, adapters in `passed` left out; it stays in the queue."""
+    def ranked(self, now_s: float, passed: Set[str]) -> list[Sequence]:
+        """The first of each line, in order, adapters in `passed` left out; all stay in the queue."""
         heads = (line[0] for (adapter, _), line in self._lines.items() if adapter not in passed)
-        return min(heads, key=lambda head: self._rank(head, now_s), default=None)
+        return sorted(heads, key=lambda head: self._rank(head, now_s))
 
     def aged_priority(self, sequence: Sequence, now_s: float) -> int:
         """A sequence's priority and what its age adds."""

@@ -8,6 +8,7 @@ queue, and computes again later what is not in the prefix cache by then.
 
 from collections.abc import Sequence as Items
 from collections.abc import Set
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from server.batch import Batch, Row, arranged
@@ -24,6 +25,9 @@ class AdapterGate(Protocol):
     def acquire(self, digest: str) -> int | None:
         """A slot holding the adapter, referenced until `release`; None while it is not there (load begun)."""
 
+    def is_resident(self, digest: str) -> bool:
+        """Whether `acquire` would give a slot."""
+
     def is_loading(self, digest: str) -> bool:
         """Whether its load is under way, so that waiting for it is bounded."""
 
@@ -32,6 +36,19 @@ class AdapterGate(Protocol):
 
     def in_the_way(self, digest: str, order: Items[str]) -> Set[str]:
         """Adapters in use that have to go before this one fits, chosen in this order."""
+
+
+@dataclass(slots=True)
+class _Admission:
+    """What was found out while looking for whom to admit.
+
+    Attributes:
+        passed: adapters that cannot start a sequence now.
+        is_room_awaited: some adapter does not fit before others have gone.
+    """
+
+    passed: set[str] = field(default_factory=set)
+    is_room_awaited: bool = False
 
 
 class Scheduler:
@@ -174,20 +191,36 @@ class Scheduler:
     # Admission
 
     def _admit(self, now_s: float) -> None:
-        passed: set[str] = set()  # adapters that cannot start a sequence now
-        blocked = False
-        while (sequence := self.waiting.best(now_s, passed)) is not None:
+        admission = _Admission()
+        while self._admit_one(admission, now_s):
+            pass  # who goes next may be another adapter now
+
+    def _admit_one(self, admission: "_Admission", now_s: float) -> bool:
+        """Starts whoever goes first of those that can; False if nobody does."""
+        for sequence in self.waiting.ranked(now_s, admission.passed):
+            if not self._may_take_a_slot(sequence, admission):
+                continue
             slot = self._slot_for(sequence, now_s)
-            if slot is None:
-                passed.add(sequence.client)
-                if not blocked and not self._adapters.is_loading(sequence.client):
-                    # No room for its adapter: some in use take no more requests until theirs have ended.
-                    passed |= self._adapters.in_the_way(sequence.client, self._by_service())
-                    blocked = True
-            elif not self._start(sequence, slot, now_s):
-                if sequence.digest is not None:
-                    self._adapters.release(sequence.digest)
-                return  # a long request must not starve behind short ones
+            if slot is not None:
+                return self._start(
+                    sequence, slot, now_s
+                )  # or none: a long one must not starve behind short ones
+            admission.passed.add(sequence.client)
+            if not self._adapters.is_loading(sequence.client):
+                # No room for its adapter: some in use take no more requests until theirs have ended.
+                admission.passed |= self._adapters.in_the_way(sequence.client, self._by_service())
+                admission.is_room_awaited = True
+        return False
+
+    def _may_take_a_slot(self, sequence: Sequence, admission: "_Admission") -> bool:
+        """While an adapter waits for room no other is loaded: a small one would take what it waits for."""
+        if sequence.client in admission.passed:
+            return False
+        return (
+            sequence.digest is None
+            or not admission.is_room_awaited
+            or self._adapters.is_resident(sequence.digest)
+        )
 
     def _by_service(self) -> list[str]:
         """Adapters in use, the one that had most service first."""
@@ -206,10 +239,12 @@ class Scheduler:
         return slot
 
     def _start(self, sequence: Sequence, slot: int, now_s: float) -> bool:
-        """Moves a waiting sequence to the running ones, if there is or can be made a place."""
+        """Moves a waiting sequence to the running ones, or, if no place can be made, gives its slot back."""
         while not self._place(sequence):
             victim = max(self.running, key=_urgency, default=None)
             if victim is None or victim.urgency >= sequence.request.priority:
+                if sequence.digest is not None:
+                    self._adapters.release(sequence.digest)
                 return False
             self._preempt(victim)
         sequence.slot, sequence.phase = slot, Phase.RUNNING

@@ -1,13 +1,19 @@
 """Adapter residency in miniature, for tests of the scheduler."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
+from types import MappingProxyType
 
 
 class OneLoadAtATime:
     """Room for so many adapters, whose digests are numbers; a load takes until `finish_load`."""
 
-    def __init__(self, room: int = 2) -> None:
+    def __init__(self, room: int = 2, sizes: Mapping[str, int] = MappingProxyType({})) -> None:
+        """
+        Args:
+            sizes: of the adapters that take more room than 1.
+        """
         self.room = room
+        self.sizes = sizes
         self.resident: dict[str, int] = {}
         self.loading: str | None = None
 
@@ -15,13 +21,20 @@ class OneLoadAtATime:
         if digest in self.resident:
             self.resident[digest] += 1
             return int(digest) + 1
-        if self.loading is None and len(self.resident) >= self.room:
+        if self.loading is None:
             unused = [d for d, references in self.resident.items() if references == 0]
-            if unused:
-                del self.resident[unused[0]]
-        if self.loading is None and len(self.resident) < self.room:
-            self.loading = digest
+            in_use = sum(map(self.size, self.resident)) - sum(map(self.size, unused))
+            if in_use + self.size(digest) <= self.room:
+                while sum(map(self.size, self.resident)) + self.size(digest) > self.room:
+                    del self.resident[unused.pop(0)]
+                self.loading = digest
         return None
+
+    def size(self, digest: str) -> int:
+        return self.sizes.get(digest, 1)
+
+    def is_resident(self, digest: str) -> bool:
+        return digest in self.resident
 
     def is_loading(self, digest: str) -> bool:
         return digest == self.loading
@@ -31,9 +44,16 @@ class OneLoadAtATime:
         assert self.resident[digest] >= 0
 
     def in_the_way(self, digest: str, order: Sequence[str]) -> Set[str]:
-        if self.loading is not None or 0 in self.resident.values():
+        if self.loading is not None:
             return frozenset()
-        return {next(other for other in order if other in self.resident)}
+        unused = sum(self.size(d) for d, references in self.resident.items() if references == 0)
+        missing = sum(map(self.size, self.resident)) - unused + self.size(digest) - self.room
+        chosen = set()
+        for other in order:
+            if missing > 0 and other in self.resident:
+                chosen.add(other)
+                missing -= self.size(other)
+        return chosen
 
     def finish_load(self) -> None:
         if self.loading is not None:

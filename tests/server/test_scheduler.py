@@ -300,3 +300,28 @@ def test_adapters_in_use_make_room_for_one_that_has_none() -> None:
         assert len(ended) < 20, "the third adapter waited for the other two to run dry"
         ended += run_step(scheduler)
         gate.finish_load()
+
+
+def test_small_adapters_do_not_take_the_room_that_a_large_one_waits_for() -> None:
+    """There is always a request for some small adapter that is not there, and room for one of them."""
+    gate = OneLoadAtATime(room=3, sizes={"9": 2})
+    scheduler = scheduler_of(gate, running=4)
+    small = [sequence_of((number, 5), 4, number % 5) for number in range(60)]
+    large = sequence_of((1, 2), 4, 9)
+    for sequence in (*small[:5], large, *small[5:]):
+        scheduler.add(sequence)
+    ended: list[Sequence] = []
+    while large not in ended:
+        assert len(ended) < 40, "the large adapter waited for the small ones to run dry"
+        ended += run_step(scheduler)
+        gate.finish_load()
+
+
+def test_while_one_adapter_waits_for_room_no_other_is_loaded() -> None:
+    gate = OneLoadAtATime(room=2, sizes={"9": 2})
+    gate.resident["0"] = 0
+    scheduler = scheduler_of(gate)
+    for adapter in (0, 9, 1):
+        scheduler.add(sequence_of((1, 2), 9, adapter))
+    scheduler.next_batch(0.0)
+    assert gate.loading is None
