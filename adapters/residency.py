@@ -241,9 +241,8 @@ class AdapterResidency:
 
     def _load(self, digest: str) -> dict[str, LoraFactors]:
         """Runs in the loader thread: disk → checked tensors on the device."""
-        verified = self._verifier.submit(
-            self._verify, digest
-        )  # beside the reading, and without the interpreter
+        # Hashing runs beside the reading, and without the interpreter.
+        verified = self._verifier.submit(self._verify, digest)
         try:
             folder = self._store.path_of(digest)
             spec = parse_spec((folder / CONFIG_FILE).read_bytes())
