@@ -41,6 +41,10 @@ class FusedLayers(nn.Module):
         if hasattr(layers[0].module, "attention_type"):  # some models choose the rotary table by it
             self.attention_type = layers[0].module.attention_type
 
+    def __len__(self) -> int:
+        """Decoder layers."""
+        return len(self._replaced)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -108,8 +112,16 @@ class NativeCaches:
     block_count: int
     block_tokens: int
 
+    def probe_step(self, tokens: int) -> NativeStep:
+        """A step of the first tokens of one sequence, in the first blocks."""
+        blocks = -(-tokens // self.block_tokens)
+        rows = PagedRows(range(tokens), [0] * tokens, [range(blocks)], self.block_tokens)
+        return NativeStep(rows, self.records)
 
-def fuse_layers(model: Any, probe: LayerProbe, caches: NativeCaches, routing: Routing) -> int:
+
+def fuse_layers(
+    model: Any, probe: LayerProbe, caches: NativeCaches, routing: Routing
+) -> Sequence["FusedLayers"]:
     """Replaces the model's decoder layers in place; all of them or none.
 
     Args:
@@ -117,7 +129,7 @@ def fuse_layers(model: Any, probe: LayerProbe, caches: NativeCaches, routing: Ro
         caches: whose first blocks may be overwritten.
 
     Returns:
-        How many were replaced.
+        What they were replaced by, a native call each; empty if by nothing.
     """
     name, layers = _decoder_layers(model, len(probe.shapes))
     calls = _recorded_calls(model, layers, caches)
@@ -128,7 +140,7 @@ def fuse_layers(model: Any, probe: LayerProbe, caches: NativeCaches, routing: Ro
     fused = [layer for layer in built if layer is not None]
     if not layers or len(fused) < len(layers):
         log.info("decoder layers of %s run module by module: they are built otherwise", type(model).__name__)
-        return 0
+        return ()
     worst = max(difference for _, difference in fused)
     if not worst <= _TOLERANCE:
         log.warning(
@@ -136,13 +148,13 @@ def fuse_layers(model: Any, probe: LayerProbe, caches: NativeCaches, routing: Ro
             type(model).__name__,
             worst,
         )
-        return 0
-    stretches = _stretches([layer for layer, _ in fused])
-    model.set_submodule(name, nn.ModuleList(FusedLayers(stretch, routing) for stretch in stretches))
+        return ()
+    stretches = [FusedLayers(stretch, routing) for stretch in _stretches([layer for layer, _ in fused])]
+    model.set_submodule(name, nn.ModuleList(stretches))
     log.info(
         "decoder layers fused count=%d calls=%d relative_difference=%.1e", len(fused), len(stretches), worst
     )
-    return len(fused)
+    return stretches
 
 
 def _stretches(layers: Sequence[_Fused]) -> list[Sequence[_Fused]]:
@@ -291,7 +303,7 @@ def _recorded_calls(model: nn.Module, layers: Sequence[nn.Module], caches: Nativ
     count = min(_PROBE_TOKENS, caches.block_count * caches.block_tokens)
     ids = torch.arange(count)[None]
     positions = ids + max(0, (getattr(model.config, "max_position_embeddings", None) or 0) - count)
-    step = _probe_step(caches, count)
+    step = caches.probe_step(count)
     try:
         with torch.inference_mode():
             model(input_ids=ids, position_ids=positions, use_cache=False, paged=step)
@@ -299,13 +311,6 @@ def _recorded_calls(model: nn.Module, layers: Sequence[nn.Module], caches: Nativ
         for hook in hooks:
             hook.remove()
     return calls
-
-
-def _probe_step(caches: NativeCaches, tokens: int) -> NativeStep:
-    """The first tokens of one sequence in the first blocks."""
-    blocks = -(-tokens // caches.block_tokens)
-    rows = PagedRows(range(tokens), [0] * tokens, [range(blocks)], caches.block_tokens)
-    return NativeStep(rows, caches.records)
 
 
 def _difference(layer: FusedLayers, call: _Call) -> float:

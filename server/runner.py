@@ -16,13 +16,19 @@ from kernels.lora import Segment, Segments
 from kernels.paged_attention import AttentionPlan, PrefillSegment
 from kernels.paging import MAX_WIDTH, PagedRows
 from server.batch import Batch, Row
+from server.direct import direct_forward, model_forward
 from server.fusion import NativeCaches, fuse_layers
 from server.kv_cache import KVCache, NativeStep, PagedStep, bytes_per_token, use_paged_attention
 from server.probe import probe_layers
 
 
 class ModelRunner:
-    """The base with paged attention and adapter slots; one forward pass per call, in one thread."""
+    """The base with paged attention and adapter slots; one forward pass per call, in one thread.
+
+    Attributes:
+        fused_layers: decoder layers that native code computes.
+        direct: whether what surrounds them is called part by part, and not through the model's own code.
+    """
 
     def __init__(self, base: Base, *, fuse_layers: bool = True) -> None:
         """
@@ -40,7 +46,9 @@ class ModelRunner:
         self._native = base.kernels == "native" and narrow
         self._fuse = fuse_layers and self._native and base.dtype == torch.float32
         self.slots: AdapterSlots = attach_slots(base.model, base.layout)
+        self._forward = model_forward(base.model)
         self.fused_layers = 0
+        self.direct = False
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -57,7 +65,10 @@ class ModelRunner:
             self._records = self.cache.native_records()
         if self._fuse:
             caches = NativeCaches(self._records, block_count, block_tokens)
-            self.fused_layers = fuse_layers(self._model, self._probe, caches, self.slots.routing)
+            fused = fuse_layers(self._model, self._probe, caches, self.slots.routing)
+            self.fused_layers = sum(len(layers) for layers in fused)
+            direct = direct_forward(self._model, fused[0], caches) if len(fused) == 1 else None
+            self._forward, self.direct = direct or self._forward, direct is not None
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
@@ -65,15 +76,8 @@ class ModelRunner:
         token_ids, positions, sample_rows = _flatten(batch)
         self.slots.routing.segments = _segments((*row.route, row.count) for row in batch.rows)
         self.slots.head_routing.segments = _segments((*row.route, 1) for row in batch.rows if row.samples)
-        output = self._model(
-            input_ids=self._tensor(token_ids)[None],
-            position_ids=self._tensor(positions)[None],
-            logits_to_keep=self._tensor(sample_rows),
-            use_cache=False,
-            paged=self._step(batch),
-        )
-        logits_SV: Tensor = output.logits[0].float()
-        return logits_SV
+        ids_T, positions_T, rows_S = map(self._tensor, (token_ids, positions, sample_rows))
+        return self._forward(ids_T, positions_T, rows_S, self._step(batch)).float()
 
     def scrub(self, blocks: list[int]) -> None:
         """Zeroes blocks that may hold values that are not finite: masking alone does not keep those out."""

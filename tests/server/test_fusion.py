@@ -104,6 +104,50 @@ def test_a_layer_that_differs_is_not_fused(tmp_path: Path, caplog: pytest.LogCap
     assert base.model.model.layers[1] is layer
 
 
+def test_the_pass_around_the_layers_is_direct_where_the_parts_are_all_there_is(tmp_path: Path) -> None:
+    """Gemma 3 chooses between two rotary tables by layer, which only its own code knows."""
+    for model_type, settings in FUSED.items():
+        folder = save_model(tmp_path / model_type, model_type, **SIZES, **settings)
+        base = load_base(str(folder), quantization="none", dtype="float32", device="cpu", progress=False)
+        runner = ModelRunner(base)
+        runner.allocate_cache(4, 4)
+        assert runner.direct is (model_type != "gemma3_text"), model_type
+
+
+@pytest.mark.parametrize("method", ["embed_tokens", "norm"])
+def test_a_model_that_does_more_than_its_parts_keeps_its_own_pass(
+    method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its forward changes what a part gives, as models with multipliers of their own do."""
+    caplog.set_level(logging.INFO, logger="server.direct")
+    folder = save_model(tmp_path / "llama", "llama", **SIZES)
+    base = load_base(str(folder), quantization="none", dtype="float32", device="cpu", progress=False)
+    backbone = base.model.model
+    plain, part = backbone.forward, getattr(backbone, method).forward
+
+    def forward(*args: Any, **keywords: Any) -> Any:
+        getattr(backbone, method).forward = lambda x: part(x) * 1.01
+        try:
+            return plain(*args, **keywords)
+        finally:
+            getattr(backbone, method).forward = part
+
+    backbone.forward = forward
+    runner = ModelRunner(base)
+    runner.allocate_cache(4, 4)
+    assert runner.fused_layers == 2
+    assert not runner.direct
+    assert "does more than its parts" in caplog.text
+
+
+@pytest.mark.parametrize("table_bytes", [0, 2**20])
+def test_rotary_angles_come_from_a_table_or_are_computed(
+    table_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.direct._TABLE_BYTES", table_bytes)
+    test_native_layers_compute_what_transformers_computes("llama", tmp_path)
+
+
 def test_one_block_is_enough_to_try_out_the_layers(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "llama", "llama", **SIZES)
     base = load_base(str(folder), quantization="none", dtype="float32", device="cpu", progress=False)
