@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from server.fusion import FusedLayers, NativeCaches
-from server.kv_cache import NativeStep, PagedStep
+from server.kv_cache import Step
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,6 @@ _TABLE_BYTES = 64 * 2**20
 _FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 """Kinds whose angles depend on the position alone, not on the longest sequence so far."""
 
-Step = PagedStep | NativeStep
 Forward = Callable[[Tensor, Tensor, Tensor, Step], Tensor]
 """Token ids [T], positions [T], indices of the rows that need logits [S], step → logits [S, V]."""
 

@@ -15,6 +15,7 @@ from kernels.decoder_layer import LayerStep
 from kernels.paged_attention import AttentionPlan, AttentionRule, LayerCache, paged_attention
 from kernels.paging import PagedRows, cache_record, native_paged_attention
 from kernels.structs import CacheRecord
+from kernels.varlen import VarlenAttention, VarlenPlan
 from server.probe import LayerShape, use_attention
 
 ATTENTION_NAME = "quickchange_paged"
@@ -33,6 +34,21 @@ class PagedStep:
 
 
 @dataclass(frozen=True, slots=True)
+class VarlenStep:
+    """The same for torch's variable-length kernel."""
+
+    plan: VarlenPlan
+    caches: dict[int, LayerCache]
+    attention: VarlenAttention
+
+    def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, rule: AttentionRule) -> Tensor:
+        """[T, H, E], in one kernel for all sequences."""
+        cache = self.caches[layer]
+        cache.write(self.plan.write_T, k_TKE, v_TKE)
+        return self.attention(q_THE, cache, self.plan, rule)
+
+
+@dataclass(frozen=True, slots=True)
 class NativeStep:
     """The same for native code; fused layers put here what all of them share."""
 
@@ -43,6 +59,9 @@ class NativeStep:
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, rule: AttentionRule) -> Tensor:
         """[T, H, E], in native code."""
         return native_paged_attention(q_THE, k_TKE, v_TKE, self.caches[layer], self.rows, rule)
+
+
+Step = PagedStep | VarlenStep | NativeStep
 
 
 class KVCache:
@@ -102,7 +121,7 @@ def _paged_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    paged: PagedStep | NativeStep,
+    paged: Step,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,

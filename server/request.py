@@ -42,6 +42,13 @@ class SamplingParams:
     logprobs: int | None = None
     """Alternatives to report per token; None reports nothing."""
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the token is the likeliest by the model's own logits: nothing is drawn or penalised."""
+        return self.temperature == 0 and (
+            self.repetition_penalty == 1 and not self.presence_penalty and not self.frequency_penalty
+        )
+
     def __post_init__(self) -> None:
         _require(
             self.max_new_tokens >= 1,

@@ -15,11 +15,21 @@ from adapters.layers import AdapterSlots, attach_slots
 from kernels.lora import Segment, Segments
 from kernels.paged_attention import AttentionPlan, PrefillSegment
 from kernels.paging import MAX_WIDTH, PagedRows
+from kernels.varlen import VarlenAttention, varlen_for
 from server.batch import Batch, Row
 from server.direct import direct_forward, model_forward
 from server.fusion import NativeCaches, fuse_layers
-from server.kv_cache import KVCache, NativeStep, PagedStep, bytes_per_token, use_paged_attention
+from server.kv_cache import (
+    KVCache,
+    NativeStep,
+    PagedStep,
+    Step,
+    VarlenStep,
+    bytes_per_token,
+    use_paged_attention,
+)
 from server.probe import probe_layers
+from server.step_tensors import StepBuffers
 
 
 class ModelRunner:
@@ -44,6 +54,7 @@ class ModelRunner:
         use_paged_attention(base.model)
         narrow = all(shape.value_width <= MAX_WIDTH for shape in self._probe.shapes.values())
         self._native = base.kernels == "native" and narrow
+        self._varlen = self._varlen_of_device(base)
         self._fuse = fuse_layers and self._native and base.dtype == torch.float32
         self.slots: AdapterSlots = attach_slots(base.model, base.layout)
         self._forward = model_forward(base.model)
@@ -58,9 +69,11 @@ class ModelRunner:
     def allocate_cache(self, block_count: int, block_tokens: int) -> None:
         """Makes room for so many blocks of keys and values; once, before the first step."""
         self._block_tokens = block_tokens
+        spare = 0 if self._varlen is None else 1
         self.cache = KVCache(
-            self._probe.shapes, block_count, block_tokens, dtype=self._storage, device=self._device
+            self._probe.shapes, block_count + spare, block_tokens, dtype=self._storage, device=self._device
         )
+        self._buffers = StepBuffers(self._device, block_tokens, block_count)
         if self._native:
             self._records = self.cache.native_records()
         if self._fuse:
@@ -73,11 +86,9 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Computes a batch and returns float32 logits [S, V] of its sampling rows, in order."""
-        token_ids, positions, sample_rows = _flatten(batch)
         self.slots.routing.segments = _segments((*row.route, row.count) for row in batch.rows)
         self.slots.head_routing.segments = _segments((*row.route, 1) for row in batch.rows if row.samples)
-        ids_T, positions_T, rows_S = map(self._tensor, (token_ids, positions, sample_rows))
-        return self._forward(ids_T, positions_T, rows_S, self._step(batch)).float()
+        return self._forward(*self._inputs(batch))[: sum(row.samples for row in batch.rows)].float()
 
     def scrub(self, blocks: list[int]) -> None:
         """Zeroes blocks that may hold values that are not finite: masking alone does not keep those out."""
@@ -87,10 +98,20 @@ class ModelRunner:
                 layer.k_NSKE.index_fill_(0, index, 0.0)
                 layer.v_NSKE.index_fill_(0, index, 0.0)
 
-    def _step(self, batch: Batch) -> PagedStep | NativeStep:
+    def _varlen_of_device(self, base: Base) -> VarlenAttention | None:
+        widths = [(shape.key_width, shape.value_width) for shape in self._probe.shapes.values()]
+        return varlen_for(base.device, base.dtype, base.storage_dtype, self._probe.rules.values(), widths)
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Step]:
+        """What `_forward` takes."""
+        if self._varlen is not None:
+            tensors = self._buffers.fill(batch)
+            step = VarlenStep(tensors.plan, self.cache.layers, self._varlen)
+            return tensors.ids_T, tensors.positions_T, tensors.rows_S, step
+        ids_T, positions_T, rows_S = map(self._tensor, _flatten(batch))
         if self._native:
-            return NativeStep(self._rows(batch), self._records)
-        return PagedStep(self._plan(batch), self.cache.layers)
+            return ids_T, positions_T, rows_S, NativeStep(self._rows(batch), self._records)
+        return ids_T, positions_T, rows_S, PagedStep(self._plan(batch), self.cache.layers)
 
     def _rows(self, batch: Batch) -> PagedRows:
         positions: list[int] = []

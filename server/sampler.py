@@ -5,8 +5,10 @@ S rows, V vocabulary.
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,6 +16,11 @@ from torch import Tensor
 from kernels.library import native
 from kernels.rowwise import argmax, argmax_reference
 from server.request import SamplingParams, TokenLogprob
+
+_LIKELIEST = 256
+"""Tokens that are ordered before all are."""
+_ROUNDING = 1e-9
+"""Of a sum of so many probabilities, in double precision, and then some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +51,39 @@ def uniform_of(seed: int, answer: int, step: int) -> float:
 
 
 def sample(logits_SV: Tensor, rows: Items[SampleRow]) -> list[Choice]:
-    """Chooses one token per row. A row's choice depends on its own logits and parameters alone."""
-    greedy = _greedy(logits_SV).tolist()
-    choices = []
+    """Chooses one token per row. A row's choice depends on its own logits and parameters alone.
+
+    All numbers come to the host at once, at the end: on a GPU nothing waits before that.
+    """
+    greedy_S = _greedy(logits_SV)
+    found = [greedy_S.double()]
     for index, row in enumerate(rows):
-        if greedy[index] < 0:
-            choices.append(Choice(None, None))
-            continue
-        logits_V = _penalised(logits_SV[index], row)
-        if row.params.temperature > 0:
-            token = _draw(logits_V, row.params, row.uniform)
-        else:
-            token = greedy[index] if logits_V is logits_SV[index] else int(logits_V.argmax())
-        choices.append(Choice(token, _logprob(logits_SV[index], token, row.params.logprobs)))
-    return choices
+        found += _found(logits_SV[index], greedy_S[index], row)
+    numbers = torch.cat(found).tolist()
+    rest = iter(numbers[len(rows) :])
+    return [_choice(int(token), row, rest) for token, row in zip(numbers, rows, strict=False)]
+
+
+def _found(logits_V: Tensor, greedy: Tensor, row: SampleRow) -> list[Tensor]:
+    """What is to be known of a row beyond its likeliest token, in the order in which `_choice` takes it."""
+    token, found = greedy, []
+    if not row.params.takes_likeliest:
+        penalised_V = _penalised(logits_V, row)
+        drawn = row.params.temperature > 0
+        token = _draw(penalised_V, row.params, row.uniform) if drawn else penalised_V.argmax()
+        found.append(token.double()[None])
+    if row.params.logprobs is not None:
+        found += _logprobs(logits_V, token, row.params.logprobs)
+    return found
+
+
+def _choice(greedy: int, row: SampleRow, rest: Iterator[float]) -> Choice:
+    token = greedy if row.params.takes_likeliest else int(next(rest))
+    logprob = None
+    if (count := row.params.logprobs) is not None:
+        own, ids, values = next(rest), [*islice(rest, count)], [*islice(rest, count)]
+        logprob = TokenLogprob(token, own, tuple(zip(map(int, ids), values, strict=True)))
+    return Choice(token, logprob) if greedy >= 0 else Choice(None, None)
 
 
 def _greedy(logits_SV: Tensor) -> Tensor:
@@ -82,25 +108,53 @@ def _penalised(logits_V: Tensor, row: SampleRow) -> Tensor:
     return logits_V
 
 
-def _draw(logits_V: Tensor, params: SamplingParams, uniform: float) -> int:
-    """Inverse of the cumulative distribution after temperature, top-k, top-p and min-p, likeliest first."""
+def _draw(logits_V: Tensor, params: SamplingParams, uniform: float) -> Tensor:
+    """Inverse of the cumulative distribution after temperature, top-k, top-p and min-p, likeliest first.
+
+    Ordering a vocabulary takes a CPU longer than a small model's step. Nearly always the likeliest tokens
+    decide; where they do not, all are ordered. Which of the two makes no difference to the token.
+    """
     scaled_V = logits_V.double() / params.temperature
-    count = min(params.top_k or scaled_V.shape[0], scaled_V.shape[0])
-    ordered, ids = torch.topk(scaled_V, count)
-    probabilities = torch.softmax(ordered, dim=0)
+    if 0 < params.top_k < len(scaled_V):
+        ordered, ids = torch.topk(scaled_V, params.top_k)
+        return _inverse(torch.softmax(ordered, dim=0), ids, params, uniform)
+    log_mass = torch.logsumexp(scaled_V, dim=0)
+    if scaled_V.device.type == "cpu" and len(scaled_V) > _LIKELIEST:
+        ordered, ids = torch.topk(scaled_V, _LIKELIEST)
+        probabilities = torch.exp(ordered - log_mass)
+        if _decide(probabilities, params, uniform):
+            return _inverse(probabilities, ids, params, uniform)
+    ordered, ids = torch.sort(scaled_V, descending=True)
+    return _inverse(torch.exp(ordered - log_mass), ids, params, uniform)
+
+
+def _kept(probabilities: Tensor, params: SamplingParams) -> Tensor:
+    """Which of the tokens, likeliest first, top-p and min-p leave."""
     mass_before = torch.cumsum(probabilities, dim=0) - probabilities
-    keep = mass_before < params.top_p
-    keep &= probabilities >= params.min_p * probabilities[0]
+    return (mass_before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
+
+
+def _decide(probabilities: Tensor, params: SamplingParams, uniform: float) -> bool:
+    """Whether a draw ends among these, the likeliest, whatever the others are."""
+    if params.top_p < 1 or params.min_p > 0:
+        return not _kept(probabilities, params)[-1]
+    return uniform < float(probabilities.sum()) - _ROUNDING
+
+
+def _inverse(probabilities: Tensor, ids: Tensor, params: SamplingParams, uniform: float) -> Tensor:
+    """The token at which the mass of those kept reaches `uniform` of its total."""
+    keep = _kept(probabilities, params)
     cumulative = torch.cumsum(probabilities * keep, dim=0)
-    index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
-    return int(ids[min(index, int(keep.nonzero()[-1]))])
+    whole = params.top_p == 1 and params.min_p == 0 and not params.top_k
+    target = torch.full_like(cumulative[-1:], uniform) if whole else uniform * cumulative[-1:]
+    last = (keep * torch.arange(len(keep), device=keep.device)).amax(dim=0, keepdim=True)
+    index = torch.searchsorted(cumulative, target, right=True).minimum(last)
+    return ids.gather(0, index)[0]
 
 
-def _logprob(logits_V: Tensor, token: int, alternatives: int | None) -> TokenLogprob | None:
-    """Of the model's own distribution, before penalties and temperature."""
-    if alternatives is None:
-        return None
-    logprobs_V = torch.log_softmax(logits_V.double(), dim=0)
-    values, ids = torch.topk(logprobs_V, alternatives)
-    pairs = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token, float(logprobs_V[token]), pairs)
+def _logprobs(logits_V: Tensor, token: Tensor, alternatives: int) -> list[Tensor]:
+    """Of the model's own distribution, before penalties and temperature: the token's, then ids and values."""
+    log_mass = torch.logsumexp(logits_V.double(), dim=0)
+    values, ids = torch.topk(logits_V, alternatives)
+    own = logits_V.gather(0, token.clamp_min(0)[None])
+    return [own.double() - log_mass, ids.double(), values.double() - log_mass]

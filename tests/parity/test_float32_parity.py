@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adapters.base import load_base
+from kernels.varlen import varlen_reference
 from server.request import FinishReason, SamplingParams
 from tests.adapters.builders import make_adapter, tiny_model
 from tests.kernels.conditions import KERNELS
@@ -75,13 +76,23 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @dataclass(frozen=True)
 class Form:
-    """What computes: native code layer by layer or module by module, or torch."""
+    """What computes: native code layer by layer or module by module, or torch.
+
+    Attributes:
+        varlen: attention as on CUDA, all sequences at once and decode steps padded; its reference stands in.
+    """
 
     kernels: str
     fused_layers: str
+    varlen: bool = False
 
 
-FORMS = {"fused": Form("native", "auto"), "modules": Form("native", "off"), "torch": Form("torch", "off")}
+FORMS = {
+    "fused": Form("native", "auto"),
+    "modules": Form("native", "off"),
+    "torch": Form("torch", "off"),
+    "varlen": Form("torch", "off", varlen=True),
+}
 FORMS_HERE = [name for name, form in FORMS.items() if form.kernels in KERNELS]
 
 
@@ -92,11 +103,15 @@ def forms_of(family: Family) -> list[str]:
 
 def marks_of(architecture: Architecture, form: str) -> list[pytest.MarkDecorator]:
     """In torch the families differ in what their attention does, and these few do all of it."""
-    often = form != "torch" or "native" not in KERNELS or architecture in ALWAYS_IN_TORCH
+    if form == "varlen":
+        often = architecture in ALWAYS_VARLEN
+    else:
+        often = form != "torch" or "native" not in KERNELS or architecture in ALWAYS_IN_TORCH
     return [] if often else [pytest.mark.slow]
 
 
 ALWAYS_IN_TORCH = {"llama", "mistral", "gemma2", "gpt_neox"}
+ALWAYS_VARLEN = {"mistral"}
 CASES = [
     pytest.param(architecture, form, marks=marks_of(architecture, form))
     for architecture, family in FAMILIES.items()
@@ -113,7 +128,10 @@ def harness_of(setup: Setup, folder: Path, form: Form = FORMS[FORMS_HERE[0]], **
         kernels=form.kernels,  # type: ignore[arg-type]
         progress=False,
     )
-    return Harness(base, folder, setup.adapters, fused_layers=form.fused_layers, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        if form.varlen:
+            patch.setattr("server.runner.varlen_for", lambda *_: varlen_reference)
+        return Harness(base, folder, setup.adapters, fused_layers=form.fused_layers, **settings)
 
 
 @pytest.fixture(scope="module")
