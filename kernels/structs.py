@@ -1,7 +1,7 @@
 """The C structures of native/quickchange_kernels.h, field by field. Knows no tensors."""
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import ClassVar
 
@@ -162,6 +162,19 @@ class StepRecord(Structure):
     )
 
 
+class DrawRecord(Structure):
+    """qc_draw."""
+
+    _fields_ = (
+        ("logits", c_void_p),
+        ("temperature", c_double),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("uniform", c_double),
+        ("top_k", c_int64),
+    )
+
+
 _POINTER, _INT, _LONG, _FLOAT = c_void_p, c_int32, c_int64, c_float
 _PARTS = POINTER(POINTER(Linear))
 
@@ -188,6 +201,7 @@ SIGNATURES: dict[str, tuple[type | None, list[object]]] = {
     "qc_rotary": (None, [_POINTER, _LONG, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _INT]),
     "qc_gated": (None, [_POINTER, _LONG, _POINTER, _LONG, _INT, _INT, _INT, _INT]),
     "qc_argmax": (None, [_POINTER, _LONG, _POINTER, _INT, _LONG, _INT]),
+    "qc_draw_tokens": (None, [POINTER(DrawRecord), _INT, _LONG, _POINTER, _INT]),
     "qc_layers_forward": (
         None,
         [POINTER(POINTER(LayerRecord)), _LONG, POINTER(StepRecord), _POINTER],

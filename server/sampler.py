@@ -13,14 +13,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from kernels.draw import Draw, draw_tokens
 from kernels.library import native
 from kernels.rowwise import argmax, argmax_reference
 from server.request import SamplingParams, TokenLogprob
-
-_LIKELIEST = 256
-"""Tokens that are ordered before all are."""
-_ROUNDING = 1e-9
-"""Of a sum of so many probabilities, in double precision, and then some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +52,37 @@ def sample(logits_SV: Tensor, rows: Items[SampleRow]) -> list[Choice]:
     All numbers come to the host at once, at the end: on a GPU nothing waits before that.
     """
     greedy_S = _greedy(logits_SV)
+    others = _other_than_greedy(logits_SV, rows)
     found = [greedy_S.double()]
     for index, row in enumerate(rows):
-        found += _found(logits_SV[index], greedy_S[index], row)
+        token = others.get(index)
+        if token is not None:
+            found.append(token.double()[None])
+        if row.params.logprobs is not None:
+            own = greedy_S[index] if token is None else token
+            found += _logprobs(logits_SV[index], own, row.params.logprobs)
     numbers = torch.cat(found).tolist()
     rest = iter(numbers[len(rows) :])
     return [_choice(int(token), row, rest) for token, row in zip(numbers, rows, strict=False)]
 
 
-def _found(logits_V: Tensor, greedy: Tensor, row: SampleRow) -> list[Tensor]:
-    """What is to be known of a row beyond its likeliest token, in the order in which `_choice` takes it."""
-    token, found = greedy, []
-    if not row.params.takes_likeliest:
-        penalised_V = _penalised(logits_V, row)
-        drawn = row.params.temperature > 0
-        token = _draw(penalised_V, row.params, row.uniform) if drawn else penalised_V.argmax()
-        found.append(token.double()[None])
-    if row.params.logprobs is not None:
-        found += _logprobs(logits_V, token, row.params.logprobs)
-    return found
+def _other_than_greedy(logits_SV: Tensor, rows: Items[SampleRow]) -> dict[int, Tensor]:
+    """Tokens of the rows that do not simply take the likeliest, by row."""
+    penalised = {
+        index: _penalised(logits_SV[index], row)
+        for index, row in enumerate(rows)
+        if not row.params.takes_likeliest
+    }
+    drawn = [index for index in penalised if rows[index].params.temperature > 0]
+    tokens = draw_tokens([penalised[index] for index in drawn], [_draw_of(rows[index]) for index in drawn])
+    by_row = dict(zip(drawn, tokens, strict=True))
+    likeliest = {index: logits_V.argmax() for index, logits_V in penalised.items() if index not in by_row}
+    return by_row | likeliest
+
+
+def _draw_of(row: SampleRow) -> Draw:
+    params = row.params
+    return Draw(params.temperature, params.top_k, params.top_p, params.min_p, row.uniform)
 
 
 def _choice(greedy: int, row: SampleRow, rest: Iterator[float]) -> Choice:
@@ -106,50 +114,6 @@ def _penalised(logits_V: Tensor, row: SampleRow) -> Tensor:
         count = torch.tensor(list(counts.values()), device=logits_V.device, dtype=logits_V.dtype)
         logits_V = logits_V.index_add(0, seen, -(params.presence_penalty + params.frequency_penalty * count))
     return logits_V
-
-
-def _draw(logits_V: Tensor, params: SamplingParams, uniform: float) -> Tensor:
-    """Inverse of the cumulative distribution after temperature, top-k, top-p and min-p, likeliest first.
-
-    Ordering a vocabulary takes a CPU longer than a small model's step. Nearly always the likeliest tokens
-    decide; where they do not, all are ordered. Which of the two makes no difference to the token.
-    """
-    scaled_V = logits_V.double() / params.temperature
-    if 0 < params.top_k < len(scaled_V):
-        ordered, ids = torch.topk(scaled_V, params.top_k)
-        return _inverse(torch.softmax(ordered, dim=0), ids, params, uniform)
-    log_mass = torch.logsumexp(scaled_V, dim=0)
-    if scaled_V.device.type == "cpu" and len(scaled_V) > _LIKELIEST:
-        ordered, ids = torch.topk(scaled_V, _LIKELIEST)
-        probabilities = torch.exp(ordered - log_mass)
-        if _decide(probabilities, params, uniform):
-            return _inverse(probabilities, ids, params, uniform)
-    ordered, ids = torch.sort(scaled_V, descending=True)
-    return _inverse(torch.exp(ordered - log_mass), ids, params, uniform)
-
-
-def _kept(probabilities: Tensor, params: SamplingParams) -> Tensor:
-    """Which of the tokens, likeliest first, top-p and min-p leave."""
-    mass_before = torch.cumsum(probabilities, dim=0) - probabilities
-    return (mass_before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
-
-
-def _decide(probabilities: Tensor, params: SamplingParams, uniform: float) -> bool:
-    """Whether a draw ends among these, the likeliest, whatever the others are."""
-    if params.top_p < 1 or params.min_p > 0:
-        return not _kept(probabilities, params)[-1]
-    return uniform < float(probabilities.sum()) - _ROUNDING
-
-
-def _inverse(probabilities: Tensor, ids: Tensor, params: SamplingParams, uniform: float) -> Tensor:
-    """The token at which the mass of those kept reaches `uniform` of its total."""
-    keep = _kept(probabilities, params)
-    cumulative = torch.cumsum(probabilities * keep, dim=0)
-    whole = params.top_p == 1 and params.min_p == 0 and not params.top_k
-    target = torch.full_like(cumulative[-1:], uniform) if whole else uniform * cumulative[-1:]
-    last = (keep * torch.arange(len(keep), device=keep.device)).amax(dim=0, keepdim=True)
-    index = torch.searchsorted(cumulative, target, right=True).minimum(last)
-    return ids.gather(0, index)[0]
 
 
 def _logprobs(logits_V: Tensor, token: Tensor, alternatives: int) -> list[Tensor]:

@@ -23,6 +23,7 @@ struct Kernels {
   void (*gated)(const float *x, int64_t ldx, float *y, int64_t ldy, int64_t rows, int width, int activation,
                 const Crew &crew);
   void (*argmax)(const float *x, int64_t ldx, int64_t *index, int64_t rows, int64_t width, const Crew &crew);
+  void (*draw)(const qc_draw *draws, int64_t count, int64_t width, int64_t *tokens, const Crew &crew);
   int64_t (*layer_size)(const qc_layer &layer, const qc_step &step);
   void (*layer)(const qc_layer &layer, const qc_step &step, float *x, float *memory, const Crew &crew);
 };

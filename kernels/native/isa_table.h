@@ -12,6 +12,7 @@ namespace {
 #include "panel.h"
 #include "lora.h"
 #include "rows.h"
+#include "draw.h"
 #include "attention.h"
 #include "layer.h"
 
@@ -43,6 +44,9 @@ const Kernels kernels = {
     },
     [](const float *x, int64_t ldx, int64_t *index, int64_t rows, int64_t width, const Crew &crew) {
       argmax_rows(x, ldx, index, rows, width, crew);
+    },
+    [](const qc_draw *draws, int64_t count, int64_t width, int64_t *tokens, const Crew &crew) {
+      draw_rows(draws, count, width, tokens, crew);
     },
     [](const qc_layer &layer, const qc_step &step) { return layer_workspace_size(layer, step); },
     [](const qc_layer &layer, const qc_step &step, float *x, float *memory, const Crew &crew) {

@@ -157,6 +157,10 @@ QC_API void qc_argmax(const float *x, int64_t ldx, int64_t *index, int32_t rows,
   with_crew(threads, [=](const Crew &crew) { kernels->argmax(x, ldx, index, rows, width, crew); });
 }
 
+QC_API void qc_draw_tokens(const qc_draw *draws, int32_t count, int64_t width, int64_t *tokens, int32_t threads) {
+  with_crew(threads, [=](const Crew &crew) { kernels->draw(draws, count, width, tokens, crew); });
+}
+
 QC_API void qc_layers_forward(const qc_layer *const *layers, int64_t count, const qc_step *step, float *x) {
   int64_t size = 0;
   for (int64_t i = 0; i < count; ++i) {

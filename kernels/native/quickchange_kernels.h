@@ -112,6 +112,15 @@ typedef struct {
   int32_t threads;
 } qc_step;
 
+// One draw from the distribution that a row of logits is.
+typedef struct {
+  const float *logits;
+  double temperature;     // above 0
+  double top_p, min_p;    // 1 and 0: nothing is left out
+  double uniform;         // in [0, 1)
+  int64_t top_k;          // 0: all
+} qc_draw;
+
 // Instruction sets: what this processor and this build can run, best last; the one in use.
 int32_t qc_isa_available(int32_t isa);
 int32_t qc_isa_active(void);
@@ -155,6 +164,10 @@ void qc_layers_forward(const qc_layer *const *layers, int64_t count, const qc_st
 
 // Index of the largest value of each row, the first of equals; -1 if any value of the row is not finite.
 void qc_argmax(const float *x, int64_t ldx, int64_t *index, int32_t rows, int64_t width, int32_t threads);
+
+// The token at which each row's probabilities, likeliest first, reach `uniform` of the sum of those that top_k, then
+// top_p and min_p leave; -1 where the likeliest 256 do not settle it, or a logit is not finite.
+void qc_draw_tokens(const qc_draw *draws, int32_t count, int64_t width, int64_t *tokens, int32_t threads);
 
 #ifdef __cplusplus
 }

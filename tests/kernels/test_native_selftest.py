@@ -32,7 +32,7 @@ MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omi
 RACES = ("-fsanitize=thread", "-g1")  # a race ends the program with 66
 FUNCTIONS = (
     "qc_linear_forward", "qc_lora_delta", "qc_cache_write", "qc_attention", "qc_rms_norm", "qc_rotary",
-    "qc_gated", "qc_argmax", "qc_layers_forward", "threads",
+    "qc_gated", "qc_argmax", "qc_draw_tokens", "qc_layers_forward", "threads",
 )  # fmt: skip
 """What the self-test prints about under every instruction set, besides child_process."""
 MEDIUM = ("qc_linear_forward/medium", "qc_layers_forward/medium")

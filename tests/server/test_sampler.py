@@ -111,32 +111,6 @@ def test_random_numbers_depend_on_seed_and_step_only() -> None:
     assert len(seen) == 729
 
 
-@settings(deadline=None, max_examples=300)
-@given(
-    seed=st.integers(0, 10_000),
-    uniform=st.floats(0, 1, exclude_max=True),
-    temperature=st.sampled_from([0.2, 1.0, 3.0]),
-    params=st.fixed_dictionaries(
-        {},
-        optional={
-            "top_p": st.sampled_from([0.1, 0.5, 0.9, 0.999]),
-            "min_p": st.sampled_from([0.01, 0.2]),
-            "top_k": st.sampled_from([3, 20]),
-        },
-    ),
-)
-def test_ordering_the_likeliest_first_changes_no_draw(
-    seed: int, uniform: float, temperature: float, params: dict[str, object]
-) -> None:
-    logits = (torch.randn(64, generator=torch.Generator().manual_seed(seed)) * 4).tolist()
-    drawn = []
-    for likeliest in (8, 64):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("server.sampler._LIKELIEST", likeliest)
-            drawn.append(choose(logits, uniform, temperature=temperature, **params))
-    assert drawn[0] == drawn[1]
-
-
 def test_a_row_that_is_not_finite_spoils_no_other() -> None:
     params = SamplingParams(temperature=1.0, top_p=0.9, logprobs=2, repetition_penalty=1.2)
     rows = [SampleRow(params, (1,), (2,), 0.5)] * 3

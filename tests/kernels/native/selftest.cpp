@@ -7,6 +7,7 @@
 #include <signal.h>
 
 #include "attention_cases.h"
+#include "draw_cases.h"
 #include "layer_cases.h"
 #include "linear_cases.h"
 #include "row_cases.h"
@@ -32,6 +33,7 @@ constexpr Function kFunctions[] = {
     {"qc_rotary", rotary_cases, 1e-6},
     {"qc_gated", gated_cases, 1e-6},
     {"qc_argmax", argmax_cases, 0.0},
+    {"qc_draw_tokens", draw_cases, 0.0},
     {"qc_layers_forward", highest_layer_cases, 1e-5},
     {"threads", thread_cases, 0.0},
     {"child_process", child_cases, 0.0},
