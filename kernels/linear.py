@@ -44,6 +44,7 @@ class PackedLinear:
     Attributes:
         in_features, out_features: D and O.
         form: how weights are stored.
+        weights, bias: as they are stored.
         record: the C structure; its address stays valid as long as this object lives.
     """
 
@@ -69,6 +70,7 @@ class PackedLinear:
         """
         self.out_features, self.in_features = shape
         self.form = form
+        self.weights, self.bias = weights, bias
         self._kept = weights, scales, bias
         self._factors: dict[int, LoraFactors] = {}  # keeps alive what the table points to
         self._table = (Factors * 0)()
@@ -106,6 +108,10 @@ class PackedLinear:
             self._grow(2 * slot + 1)
         self._factors[slot] = factors
         self._table[slot] = _factors_record(factors)
+
+    def has_slot(self, slot: int) -> bool:
+        """Whether an adapter's factors are attached to a slot."""
+        return slot in self._factors
 
     def _grow(self, slots: int) -> None:
         """A longer table, with the old one in it: filling a slot costs the same however many there are."""

@@ -68,6 +68,7 @@ class Linear(Structure):
 
     slots: object
     slot_count: int
+    precision: int
     _fields_ = (
         ("weights", c_void_p),
         ("scales", c_void_p),
@@ -162,6 +163,12 @@ class StepRecord(Structure):
     )
 
 
+class ScreenRecord(Structure):
+    """qc_screen."""
+
+    _fields_ = (("codes", c_void_p), ("steps", c_void_p), ("errors", c_void_p))
+
+
 class DrawRecord(Structure):
     """qc_draw."""
 
@@ -201,6 +208,10 @@ SIGNATURES: dict[str, tuple[type | None, list[object]]] = {
     "qc_rotary": (None, [_POINTER, _LONG, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _INT]),
     "qc_gated": (None, [_POINTER, _LONG, _POINTER, _LONG, _INT, _INT, _INT, _INT]),
     "qc_argmax": (None, [_POINTER, _LONG, _POINTER, _INT, _LONG, _INT]),
+    "qc_likeliest": (
+        _INT,
+        [POINTER(Linear), POINTER(ScreenRecord), _POINTER, _LONG, _INT, _POINTER, _INT],
+    ),
     "qc_draw_tokens": (None, [POINTER(DrawRecord), _INT, _LONG, _POINTER, _INT]),
     "qc_layers_forward": (
         None,

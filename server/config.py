@@ -128,6 +128,10 @@ class EngineSettings(_Section):
     fused_layers: Annotated[
         Literal["auto", "off"], About("whole decoder layers in one native call, where that computes the same")
     ] = "auto"
+    screened_head: Annotated[
+        Literal["auto", "off"],
+        About("a copy of the output head in 7 bits that finds likeliest tokens faster; half of its memory"),
+    ] = "auto"
     spin_us: Annotated[
         int, About("microseconds that a helper thread looks for work before it sleeps", 0, 1_000_000)
     ] = 50

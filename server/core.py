@@ -23,7 +23,7 @@ from server.memory import plan_memory
 from server.metrics import Metrics
 from server.request import Failed, Finished, FinishReason, Started, TokenEvent
 from server.runner import ModelRunner
-from server.sampler import sample
+from server.sampler import Scores, sample
 from server.scheduler import Scheduler
 from server.sequence import Phase, Sequence
 from server.statistics import StepCounters
@@ -63,7 +63,11 @@ class EngineCore:
         self.max_batch_tokens = settings.batch_tokens_on(base.device.type)
         self._metrics = metrics
         self._eos_token_ids = base.eos_token_ids
-        self.runner = ModelRunner(base, fuse_layers=settings.fused_layers == "auto")
+        self.runner = ModelRunner(
+            base,
+            fuse_layers=settings.fused_layers == "auto",
+            screen_head=settings.screened_head == "auto",
+        )
         context = min(base.max_context_tokens, settings.max_context_tokens or base.max_context_tokens)
         budgets = plan_memory(
             settings,
@@ -159,25 +163,25 @@ class EngineCore:
         self._drop_expired(began_s)
         planned = self.scheduler.next_batch(began_s)
         if planned is not None:
-            batch, logits_SV = self._forward(planned)
+            batch, scores = self._forward(planned)
             self.scheduler.commit(batch)
-            self._advance(batch, logits_SV)
+            self._advance(batch, scores)
             self._count(planned, time.monotonic() - began_s)
         self._forget_unused()
         return planned is not None
 
-    def _forward(self, batch: Batch) -> tuple[Batch, Tensor]:
-        """The rows that could be computed, and their logits.
+    def _forward(self, batch: Batch) -> tuple[Batch, Scores]:
+        """The rows that could be computed, and what was found.
 
         If the pass fails, its rows run one by one, and one that fails even alone ends its own request only.
         """
         try:
-            logits_SV = self.runner.run(batch)
+            scores = self.runner.scores(batch)
         except Exception:
             log.exception("a step failed; its %d rows run again one by one", len(batch.rows))
         else:
             self._barren_steps = 0
-            return batch, logits_SV
+            return batch, scores
         computed = [(row, self._forward_alone(row)) for row in batch.rows]
         # A row that was computed may have gone since then, with another answer of its request.
         survivors = [
@@ -189,7 +193,7 @@ class EngineCore:
         if self._barren_steps >= _BARREN_STEPS:
             raise RuntimeError(f"{self._barren_steps} steps in a row failed for every request")
         logits = [torch.empty(0, self.vocab_size), *(logits_SV for _, logits_SV in survivors)]
-        return Batch(tuple(row for row, _ in survivors)), torch.cat(logits)
+        return Batch(tuple(row for row, _ in survivors)), Scores.of(torch.cat(logits))
 
     def _forward_alone(self, row: Row) -> Tensor | None:
         """A row's logits; None, and its request has failed, if they could not be computed."""
@@ -203,9 +207,9 @@ class EngineCore:
             self._fail(row.sequence, RequestFailedError(reason))
             return None
 
-    def _advance(self, batch: Batch, logits_SV: Tensor) -> None:
+    def _advance(self, batch: Batch, scores: Scores) -> None:
         generations = [self._generations[row.sequence] for row in batch.rows if row.samples]
-        choices = sample(logits_SV, [generation.sample_row() for generation in generations])
+        choices = sample(scores, [generation.sample_row() for generation in generations])
         for generation, choice in zip(generations, choices, strict=True):
             if generation.sequence.phase is Phase.FINISHED:
                 continue  # a sibling in the same step failed, and the request with it

@@ -46,7 +46,7 @@ def model_forward(model: Any) -> Forward:
     return forward
 
 
-def direct_forward(model: Any, layers: FusedLayers, caches: NativeCaches) -> Forward | None:
+def direct_forward(model: Any, layers: FusedLayers, caches: NativeCaches) -> "DirectForward | None":
     """The same pass part by part; None if the model has other parts, or does more with them.
 
     Args:
@@ -59,7 +59,7 @@ def direct_forward(model: Any, layers: FusedLayers, caches: NativeCaches) -> For
     kind = getattr(rotary, "rope_type", None)
     if rotary is None or norm is None or not isinstance(kind, str) or kind not in _FIXED_ROTARY:
         return None
-    direct = _Direct(model, layers, _Angles(rotary, positions), norm)
+    direct = DirectForward(model, layers, _Angles(rotary, positions), norm)
     difference = _difference(direct, model_forward(model), positions, caches)
     if not difference <= _TOLERANCE:
         log.info("%s does more than its parts: logits differ by %.1e", type(model).__name__, difference)
@@ -89,7 +89,7 @@ class _Angles:
         return angles
 
 
-class _Direct:
+class DirectForward:
     """What transformers' decoders compute around their layers; factors that a model has not are 1."""
 
     def __init__(self, model: Any, layers: FusedLayers, angles: _Angles, norm: nn.Module) -> None:
@@ -100,16 +100,28 @@ class _Direct:
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
 
     def __call__(self, ids_T: Tensor, positions_T: Tensor, rows_S: Tensor, step: Step) -> Tensor:
-        x_TD: Tensor = self._embedding(ids_T)
-        if self._embedding_factor is not None:
-            x_TD = x_TD * self._embedding_factor
-        self._layers(x_TD[None], position_embeddings=self._angles.of(positions_T), paged=step)
-        logits_SV: Tensor = self._head(self._norm(x_TD.index_select(0, rows_S)))
+        """As any `Forward`."""
+        logits_SV: Tensor = self._head(self.hidden(ids_T, positions_T, rows_S, step))
         if self._logits_divisor is not None:
             logits_SV = logits_SV / self._logits_divisor
         if self._softcap is not None:
             logits_SV = torch.tanh(logits_SV / self._softcap) * self._softcap
         return logits_SV
+
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, rows_S: Tensor, step: Step) -> Tensor:
+        """[S, D]: what the head is given."""
+        x_TD: Tensor = self._embedding(ids_T)
+        if self._embedding_factor is not None:
+            x_TD = x_TD * self._embedding_factor
+        self._layers(x_TD[None], position_embeddings=self._angles.of(positions_T), paged=step)
+        hidden_SD: Tensor = self._norm(x_TD.index_select(0, rows_S))
+        return hidden_SD
+
+
+def head_is_last(config: Any) -> bool:
+    """Whether the head's products are the logits, with nothing after them."""
+    names = ("logits_scaling", "final_logit_softcapping")
+    return all(getattr(config, name, None) is None for name in names)
 
 
 def _difference(direct: Forward, expected: Forward, positions: int, caches: NativeCaches) -> float:

@@ -43,6 +43,11 @@ class SamplingParams:
     """Alternatives to report per token; None reports nothing."""
 
     @property
+    def needs_logits(self) -> bool:
+        """Whether more of the logits matters than which is the largest."""
+        return self.logprobs is not None or not self.takes_likeliest
+
+    @property
     def takes_likeliest(self) -> bool:
         """Whether the token is the likeliest by the model's own logits: nothing is drawn or penalised."""
         return self.temperature == 0 and (

@@ -20,6 +20,25 @@ from server.request import SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
+class Scores:
+    """What a forward pass says of the next tokens.
+
+    Attributes:
+        likeliest_S: the likeliest token of each row, -1 where a row is not finite.
+        logits_SV: None where no row needs more than that.
+    """
+
+    likeliest_S: Tensor
+    logits_SV: Tensor | None = None
+
+    @classmethod
+    def of(cls, logits_SV: Tensor) -> "Scores":
+        """With the likeliest tokens of all logits."""
+        native_form = logits_SV.device.type == "cpu" and native() is not None
+        return cls(argmax(logits_SV) if native_form else argmax_reference(logits_SV), logits_SV)
+
+
+@dataclass(frozen=True, slots=True)
 class SampleRow:
     """What choosing one token depends on, besides its logits.
 
@@ -46,24 +65,29 @@ def uniform_of(seed: int, answer: int, step: int) -> float:
     return random.Random(f"{seed}/{answer}/{step}").random()  # noqa: S311  # reproducible sampling, not a secret
 
 
-def sample(logits_SV: Tensor, rows: Items[SampleRow]) -> list[Choice]:
+def sample(scores: Scores, rows: Items[SampleRow]) -> list[Choice]:
     """Chooses one token per row. A row's choice depends on its own logits and parameters alone.
 
     All numbers come to the host at once, at the end: on a GPU nothing waits before that.
     """
-    greedy_S = _greedy(logits_SV)
-    others = _other_than_greedy(logits_SV, rows)
-    found = [greedy_S.double()]
-    for index, row in enumerate(rows):
-        token = others.get(index)
-        if token is not None:
-            found.append(token.double()[None])
-        if row.params.logprobs is not None:
-            own = greedy_S[index] if token is None else token
-            found += _logprobs(logits_SV[index], own, row.params.logprobs)
+    found = [scores.likeliest_S.double()]
+    if scores.logits_SV is not None:
+        found += _beyond_likeliest(scores.likeliest_S, scores.logits_SV, rows)
     numbers = torch.cat(found).tolist()
     rest = iter(numbers[len(rows) :])
     return [_choice(int(token), row, rest) for token, row in zip(numbers, rows, strict=False)]
+
+
+def _beyond_likeliest(greedy_S: Tensor, logits_SV: Tensor, rows: Items[SampleRow]) -> Iterator[Tensor]:
+    """What else is to be known of each row, in the order in which `_choice` takes it."""
+    others = _other_than_greedy(logits_SV, rows)
+    for index, row in enumerate(rows):
+        token = others.get(index)
+        if token is not None:
+            yield token.double()[None]
+        if row.params.logprobs is not None:
+            own = greedy_S[index] if token is None else token
+            yield from _logprobs(logits_SV[index], own, row.params.logprobs)
 
 
 def _other_than_greedy(logits_SV: Tensor, rows: Items[SampleRow]) -> dict[int, Tensor]:
@@ -92,12 +116,6 @@ def _choice(greedy: int, row: SampleRow, rest: Iterator[float]) -> Choice:
         own, ids, values = next(rest), [*islice(rest, count)], [*islice(rest, count)]
         logprob = TokenLogprob(token, own, tuple(zip(map(int, ids), values, strict=True)))
     return Choice(token, logprob) if greedy >= 0 else Choice(None, None)
-
-
-def _greedy(logits_SV: Tensor) -> Tensor:
-    """The likeliest token of each row, -1 where a row is not finite."""
-    native_form = logits_SV.device.type == "cpu" and native() is not None
-    return argmax(logits_SV) if native_form else argmax_reference(logits_SV)
 
 
 def _penalised(logits_V: Tensor, row: SampleRow) -> Tensor:

@@ -33,6 +33,9 @@ struct PairProducts {
   void (*round_row)(const float *x, int64_t in, uint32_t *pairs);  // ⌈in/16⌉·8 pairs
   void (*tiles)(const qc_linear &linear, int64_t begin, int64_t end, const uint32_t *pairs, int64_t ld, float *y,
                 int64_t ldy, int64_t rows, bool accumulate);
+  int64_t (*likeliest_size)(const qc_linear &head, int64_t rows);
+  void (*likeliest)(const qc_linear &head, const qc_screen &screen, const float *x, int64_t ldx, int64_t rows,
+                    int64_t *index, float *memory, const Crew &crew);
 };
 
 // Null where this build or this processor has none; used by the AVX-512 kernels.

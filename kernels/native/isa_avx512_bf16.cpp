@@ -15,6 +15,7 @@ namespace {
 #include "sizes.h"
 #include "linear.h"
 #include "pairs.h"
+#include "screen.h"
 
 const PairProducts products = {
     [](const float *x, int64_t in, uint32_t *pairs) { round_row(x, in, pairs); },
@@ -22,6 +23,9 @@ const PairProducts products = {
        int64_t rows, bool accumulate) {
       pair_tiles(linear, {begin, end}, pairs, ld, rows, {y, ldy, linear.bias, linear.out, accumulate});
     },
+    [](const qc_linear &head, int64_t rows) { return screen_size(head, rows); },
+    [](const qc_linear &head, const qc_screen &screen, const float *x, int64_t ldx, int64_t rows, int64_t *index,
+       float *memory, const Crew &crew) { likeliest_rows(head, screen, x, ldx, rows, index, memory, crew); },
 };
 
 }  // namespace

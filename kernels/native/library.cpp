@@ -157,6 +157,16 @@ QC_API void qc_argmax(const float *x, int64_t ldx, int64_t *index, int32_t rows,
   with_crew(threads, [=](const Crew &crew) { kernels->argmax(x, ldx, index, rows, width, crew); });
 }
 
+QC_API int32_t qc_likeliest(const qc_linear *head, const qc_screen *screen, const float *x, int64_t ldx, int32_t rows,
+                            int64_t *index, int32_t threads) {
+  if (qc_isa_bf16(qc_isa_active()) == QC_BF16_NONE) return -1;
+  float *memory = scratch.floats(qc::pair_products->likeliest_size(*head, rows));
+  with_crew(threads, [=](const Crew &crew) {
+    qc::pair_products->likeliest(*head, *screen, x, ldx, rows, index, memory, crew);
+  });
+  return 0;
+}
+
 QC_API void qc_draw_tokens(const qc_draw *draws, int32_t count, int64_t width, int64_t *tokens, int32_t threads) {
   with_crew(threads, [=](const Crew &crew) { kernels->draw(draws, count, width, tokens, crew); });
 }

@@ -104,16 +104,22 @@ QC_INLINE void dense_eight(const uint16_t *weights, int64_t tile_size, const Pai
 }
 
 template <int R, int T>
-void dense_pairs(const qc_linear &linear, int64_t tile, const uint32_t *pairs, int64_t ld, int64_t row,
-                 const Target &target) {
+QC_INLINE void dense_totals(const qc_linear &linear, int64_t tile, const uint32_t *pairs, int64_t ld, int64_t row,
+                            F16 (&totals)[R][T]) {
   const int64_t tile_size = (int64_t)linear.in * kTile;
   const uint16_t *weights = (const uint16_t *)linear.weights + tile * tile_size;
   const PairRows<R> rows(pairs + row * ld, ld);
-  F16 totals[R][T];
   clear(totals);
   int64_t at = 0;
   for (; at + 8 <= linear.in; at += 8) dense_eight(weights, tile_size, rows, at, 8, totals);
   if (at < linear.in) dense_eight(weights, tile_size, rows, at, (int)(linear.in - at), totals);
+}
+
+template <int R, int T>
+void dense_pairs(const qc_linear &linear, int64_t tile, const uint32_t *pairs, int64_t ld, int64_t row,
+                 const Target &target) {
+  F16 totals[R][T];
+  dense_totals(linear, tile, pairs, ld, row, totals);
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < T; ++t) target.put(row + r, tile + t, totals[r][t]);
 }

@@ -121,6 +121,13 @@ typedef struct {
   int64_t top_k;          // 0: all
 } qc_draw;
 
+// A head in seven bits: tiles of 16 out-features, in them eights of columns, in those pairs (i, i + 4), as store_pairs
+// has them. weight = (code - 64) · step, to within an error whose length is given, that of computing included.
+typedef struct {
+  const uint8_t *codes;         // [N, ceil(D/8), 4, 16, 2]
+  const float *steps, *errors;  // [N, 16]
+} qc_screen;
+
 // Instruction sets: what this processor and this build can run, best last; the one in use.
 int32_t qc_isa_available(int32_t isa);
 int32_t qc_isa_active(void);
@@ -168,6 +175,11 @@ void qc_argmax(const float *x, int64_t ldx, int64_t *index, int32_t rows, int64_
 // The token at which each row's probabilities, likeliest first, reach `uniform` of the sum of those that top_k, then
 // top_p and min_p leave; -1 where the likeliest 256 do not settle it, or a logit is not finite.
 void qc_draw_tokens(const qc_draw *draws, int32_t count, int64_t width, int64_t *tokens, int32_t threads);
+
+// Index of the largest of x Wᵀ in each row, the first of equals, -1 if the row is not finite: what qc_argmax finds in
+// the products of a bfloat16 head of medium precision without bias. Returns -1 where there are no such products.
+int32_t qc_likeliest(const qc_linear *head, const qc_screen *screen, const float *x, int64_t ldx, int32_t rows,
+                     int64_t *index, int32_t threads);
 
 #ifdef __cplusplus
 }

@@ -35,7 +35,7 @@ FUNCTIONS = (
     "qc_gated", "qc_argmax", "qc_draw_tokens", "qc_layers_forward", "threads",
 )  # fmt: skip
 """What the self-test prints about under every instruction set, besides child_process."""
-MEDIUM = ("qc_linear_forward/medium", "qc_layers_forward/medium")
+MEDIUM = ("qc_likeliest", "qc_linear_forward/medium", "qc_layers_forward/medium")
 """And under those alone that have products of medium precision."""
 TIMEOUT_S = 500
 

@@ -47,7 +47,12 @@ def test_every_setting_can_come_from_every_source(tmp_path: Path) -> None:
     values = {"quantization": "none", "dtype": "float32", "device": "cpu", "host": "::1", "root": "/r"}
     values |= {"source": "s", "cache_dir": "/c", "kernels": "torch"}
     values |= {"max_batch_tokens": "64"}
-    values |= {"fused_layers": "off", "prefix_cache": "off", "matmul_precision": "medium"}
+    values |= {
+        "fused_layers": "off",
+        "screened_head": "off",
+        "prefix_cache": "off",
+        "matmul_precision": "medium",
+    }
     for setting in all_settings():
         section, name = setting.path.split(".")
         # Half the default stays within every range and every rule between fields.

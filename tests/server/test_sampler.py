@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.request import SamplingParams
-from server.sampler import SampleRow, sample, uniform_of
+from server.sampler import SampleRow, Scores, sample, uniform_of
 
 
 def choose(logits: list[float], uniform: float = 0.0, history: tuple[int, ...] = (), **params: object) -> int:
     row = SampleRow(SamplingParams(**params), (), history, uniform)  # type: ignore[arg-type]
-    token = sample(torch.tensor([logits]), [row])[0].token_id
+    token = sample(Scores.of(torch.tensor([logits])), [row])[0].token_id
     assert token is not None
     return token
 
@@ -72,7 +72,7 @@ def test_repetition_penalty_multiplies_negative_logits() -> None:
 
 def test_logprobs_are_the_models_own() -> None:
     row = SampleRow(SamplingParams(temperature=0.5, logprobs=2), (), (), 0.9)
-    choice = sample(torch.tensor([LOGITS]), [row])[0]
+    choice = sample(Scores.of(torch.tensor([LOGITS])), [row])[0]
     assert choice.logprob is not None
     assert choice.token_id == choice.logprob.token_id
     assert choice.logprob.logprob == pytest.approx(LOGITS[choice.logprob.token_id], abs=1e-6)
@@ -81,7 +81,7 @@ def test_logprobs_are_the_models_own() -> None:
 
 def test_a_row_that_is_not_finite_fails_alone() -> None:
     logits = torch.tensor([[1.0, 2.0], [float("nan"), 0.0], [2.0, 1.0]])
-    choices = sample(logits, [SampleRow(SamplingParams(), (), (), 0.0)] * 3)
+    choices = sample(Scores.of(logits), [SampleRow(SamplingParams(), (), (), 0.0)] * 3)
     assert [choice.token_id for choice in choices] == [1, None, 0]
 
 
@@ -100,8 +100,8 @@ def test_a_row_is_the_same_alone_and_among_others(
     mine = SampleRow(params, (1, 2), (3,), uniform_of(seed, 0, 7))
     others = [SampleRow(SamplingParams(temperature=1.3), (), (), 0.1 * i) for i in range(6)]
     others[position] = mine
-    among = sample(logits, others)[position]
-    alone = sample(logits[position : position + 1], [mine])[0]
+    among = sample(Scores.of(logits), others)[position]
+    alone = sample(Scores.of(logits[position : position + 1]), [mine])[0]
     assert among == alone
 
 
@@ -115,10 +115,10 @@ def test_a_row_that_is_not_finite_spoils_no_other() -> None:
     params = SamplingParams(temperature=1.0, top_p=0.9, logprobs=2, repetition_penalty=1.2)
     rows = [SampleRow(params, (1,), (2,), 0.5)] * 3
     logits_SV = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
-    expected = [sample(row_V[None], rows[:1])[0] for row_V in logits_SV]
+    expected = [sample(Scores.of(row_V[None]), rows[:1])[0] for row_V in logits_SV]
     for bad in (math.nan, math.inf, -math.inf):
         spoiled_SV = logits_SV.clone()
         spoiled_SV[1, 7] = bad
-        first, second, third = sample(spoiled_SV, rows)
+        first, second, third = sample(Scores.of(spoiled_SV), rows)
         assert (first, third) == (expected[0], expected[2])
         assert (second.token_id, second.logprob) == (None, None)

@@ -11,6 +11,7 @@
 #include "layer_cases.h"
 #include "linear_cases.h"
 #include "row_cases.h"
+#include "screen_cases.h"
 #include "thread_cases.h"
 
 namespace {
@@ -37,6 +38,7 @@ constexpr Function kFunctions[] = {
     {"qc_layers_forward", highest_layer_cases, 1e-5},
     {"threads", thread_cases, 0.0},
     {"child_process", child_cases, 0.0},
+    {"qc_likeliest", screen_cases, 0.0, true},
     {"qc_linear_forward/medium", medium_linear_cases, 1e-6, true},
     {"qc_layers_forward/medium", medium_layer_cases, 0.0, true},
 };
