@@ -85,8 +85,11 @@ class StepTime:
 def runner_of(form: Form, source: str, adapters: int, rank: int, blocks: int) -> ModelRunner:
     chosen: Any = {"kernels": form.kernels, "matmul_precision": form.precision}
     base = load_base(source, device="cpu", progress=False, **chosen)
-    runner = ModelRunner(base, fuse_layers=form.fused)
+    runner = ModelRunner(base, fuse_layers=form.fused, screen_head=form.fused)
     runner.allocate_cache(blocks, BLOCK_TOKENS)
+    for cache in runner.cache.layers.values():  # pages that were never written are all one and the same
+        cache.k_NSKE.normal_()
+        cache.v_NSKE.normal_()
     for slot in range(1, adapters + 1):
         runner.slots.fill(slot, random_factors(base.layout, rank, slot, base.storage_dtype))
     return runner
