@@ -134,7 +134,7 @@ def measure(options: argparse.Namespace) -> list[StepTime]:
             for form, runner in runners:
                 for _ in range(options.steps if case.tokens is None else 1):
                     began_s = time.perf_counter()
-                    runner.run(batch)
+                    runner.scores(batch)
                     if turn:  # the first warms up
                         times[form.name].append((time.perf_counter() - began_s) * 1e3)
         results += [
