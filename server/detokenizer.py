@@ -7,7 +7,8 @@ from typing import Protocol
 
 _INCOMPLETE = "\ufffd"
 _CONTEXT_TOKENS = 6
-"""Tokens decoded again before each new one, because a token's text may depend on its neighbours."""
+"""Tokens decoded again before each new one, at least, because a token's text may depend on its neighbours.
+At most twice as many: what was decoded for one token serves the next as long as the first of them stays."""
 
 
 class Decoder(Protocol):
@@ -25,7 +26,7 @@ class Detokenizer:
         self._stop = stop
         self._ids: list[int] = []
         self._context_start = 0
-        self._read = 0
+        self._before = ""
         self._held = ""
         self.stopped = False
 
@@ -39,13 +40,14 @@ class Detokenizer:
         return self._release(self._new_text(final=True), final=True)
 
     def _new_text(self, *, final: bool) -> str:
-        before = self._decoder.decode(self._ids[self._context_start : self._read])
         after = self._decoder.decode(self._ids[self._context_start :])
         if after.endswith(_INCOMPLETE) and not final:
             return ""  # an unfinished character, or invalid bytes: the next tokens will tell
-        self._read = len(self._ids)
-        self._context_start = max(self._context_start, self._read - _CONTEXT_TOKENS)
-        return after[len(before) :]
+        text, self._before = after[len(self._before) :], after
+        if len(self._ids) - self._context_start > 2 * _CONTEXT_TOKENS:
+            self._context_start = len(self._ids) - _CONTEXT_TOKENS
+            self._before = self._decoder.decode(self._ids[self._context_start :])
+        return text
 
     def _release(self, text: str, *, final: bool) -> str:
         if self.stopped:
