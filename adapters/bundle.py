@@ -65,7 +65,8 @@ def parse_bundle(raw: bytes) -> Bundle:
     members = parse_object(raw, source=BUNDLE_FILE, max_bytes=MAX_BUNDLE_BYTES)
     if members.get("format") != FORMAT:
         raise UnsupportedAdapterError(
-            f"{BUNDLE_FILE} has format {brief(members.get('format'))}; this server reads format {FORMAT}"
+            f"{BUNDLE_FILE} has format {brief(members.get('format'))}; this server reads format {FORMAT}",
+            feature=f"{BUNDLE_FILE} format",
         )
     unknown = sorted(members.keys() - _FIELDS)
     if unknown:

@@ -4,6 +4,7 @@ AdapterError
 ├── InvalidAdapterError      malformed: name, configuration, tensor, shape, value
 ├── UnsupportedAdapterError  well-formed, but this server cannot apply it
 ├── WrongBaseError           made for another base
+├── CanaryMismatchError      it does not answer here as it did where it was trained
 ├── AdapterNotFoundError     no such name, version, alias or digest
 ├── AdapterExistsError       a fixed version holds other content
 ├── StaleEtagError           changed since it was read
@@ -15,6 +16,10 @@ BaseModelError
 └── UnsupportedBaseError     it is there and cannot be served or quantised
 """
 
+from collections.abc import Iterable
+
+from adapters.report import MAX_LISTED, ValidationReport
+
 
 class AdapterError(Exception):
     """Base of all adapter errors.
@@ -22,6 +27,11 @@ class AdapterError(Exception):
     Args:
         message: one line with the name, the value and the remedy.
         reason: UPPER_SNAKE code that clients may switch on.
+
+    Attributes:
+        problems: the message, and those of whatever else the same check found; at most MAX_LISTED.
+        problem_count: how many there are in all.
+        report: what all checks found; None unless a validation refused the adapter.
     """
 
     default_reason = "ADAPTER_ERROR"
@@ -29,6 +39,9 @@ class AdapterError(Exception):
     def __init__(self, message: str, *, reason: str | None = None) -> None:
         super().__init__(message)
         self.reason = reason or self.default_reason
+        self.problems: tuple[str, ...] = (message,)
+        self.problem_count = 1
+        self.report: ValidationReport | None = None
 
 
 class InvalidAdapterError(AdapterError):
@@ -38,15 +51,29 @@ class InvalidAdapterError(AdapterError):
 
 
 class UnsupportedAdapterError(AdapterError):
-    """Well-formed, but of a kind this server cannot apply."""
+    """Well-formed, but of a kind this server cannot apply.
+
+    Args:
+        feature: what it is that cannot be applied, as the adapter's files name it.
+    """
 
     default_reason = "UNSUPPORTED_ADAPTER"
+
+    def __init__(self, message: str, *, feature: str) -> None:
+        super().__init__(message)
+        self.feature = feature
 
 
 class WrongBaseError(AdapterError):
     """Trained for another base than the resident one."""
 
     default_reason = "WRONG_BASE"
+
+
+class CanaryMismatchError(AdapterError):
+    """It does not answer here as it did where it was trained."""
+
+    default_reason = "CANARY_MISMATCH"
 
 
 class AdapterNotFoundError(AdapterError):
@@ -83,6 +110,20 @@ class CapacityError(AdapterError):
     """No room: bytes, quota or disk."""
 
     default_reason = "NO_CAPACITY"
+
+
+def raise_first(faults: Iterable[AdapterError]) -> None:
+    """Raises the first fault, if there is one, with the messages of all as its problems."""
+    first: AdapterError | None = None
+    problems: list[str] = []
+    count = 0
+    for count, fault in enumerate(faults, start=1):
+        first = first or fault
+        if count <= MAX_LISTED:
+            problems.append(str(fault))
+    if first is not None:
+        first.problems, first.problem_count = tuple(problems), count
+        raise first
 
 
 class BaseModelError(Exception):

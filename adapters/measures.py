@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adapters.bundle import Bundle
-from adapters.errors import InvalidAdapterError
+from adapters.errors import InvalidAdapterError, raise_first
 from adapters.spec import AdapterSpec
 from adapters.weights import LoraPair, dtype_name, tensor_name
 
@@ -36,25 +36,39 @@ def content_digest(spec: AdapterSpec, bundle: Bundle | None, pairs: Mapping[str,
     return f"sha256:{sha256.hexdigest()}"
 
 
-def delta_norm(pairs: Mapping[str, LoraPair], scalings: Mapping[str, float]) -> float:
-    """Frobenius norm of all updates scaling · B @ A together.
+def module_norms(pairs: Mapping[str, LoraPair], scalings: Mapping[str, float]) -> dict[str, float]:
+    """Frobenius norm of every module's update scaling · B @ A.
 
     Raises:
-        InvalidAdapterError: reason NOT_FINITE, TOO_LARGE (naming the tensor or module), or ALL_ZERO.
+        InvalidAdapterError: reason NOT_FINITE, TOO_LARGE (naming every such tensor or module), or ALL_ZERO.
     """
-    for name, tensor in _named(pairs).items():
-        if not torch.isfinite(tensor).all():
-            raise InvalidAdapterError(
-                f"tensor {name} has NaN or infinite values; retrain with a lower learning rate",
-                reason="NOT_FINITE",
-            )
-    total = math.hypot(*(_module_norm(module, pair, scalings[module]) for module, pair in pairs.items()))
-    if total == 0.0:
+    raise_first(
+        InvalidAdapterError(
+            f"tensor {name} has NaN or infinite values; retrain with a lower learning rate",
+            reason="NOT_FINITE",
+        )
+        for name, tensor in _named(pairs).items()
+        if not torch.isfinite(tensor).all()
+    )
+    norms: dict[str, float] = {}
+    faults: list[InvalidAdapterError] = []
+    for module, pair in pairs.items():
+        try:
+            norms[module] = _module_norm(module, pair, scalings[module])
+        except InvalidAdapterError as fault:
+            faults.append(fault)
+    raise_first(faults)
+    if not any(norms.values()):
         raise InvalidAdapterError(
             "every update is zero, so the adapter would do nothing; was it saved before it was trained?",
             reason="ALL_ZERO",
         )
-    return total
+    return norms
+
+
+def delta_norm(norms: Mapping[str, float]) -> float:
+    """Frobenius norm of all updates together."""
+    return math.hypot(*norms.values())
 
 
 def _module_norm(module: str, pair: LoraPair, scaling: float) -> float:

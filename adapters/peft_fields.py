@@ -1,14 +1,25 @@
 """Which fields of PEFT's adapter_config.json may stand, field by field. Knows no values that are used.
 
 An allowlist: every field that PEFT 0.21 saves is used, or dropped because it only mattered in training, or
-refused by name unless it is off. A field that is not listed here is refused unless it is null.
+refused by name unless it is off (adapters/kinds.py says why). A field that is not listed is refused unless it
+is null.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from adapters.errors import InvalidAdapterError, UnsupportedAdapterError
+from adapters.errors import AdapterError, InvalidAdapterError, UnsupportedAdapterError, raise_first
 from adapters.files import CONFIG_FILE
+from adapters.kinds import (
+    ANY_OTHER_INIT,
+    ANY_OTHER_TYPE,
+    BIAS,
+    MEGATRON_CORE,
+    REFUSED_FIELDS,
+    REFUSED_INITS,
+    REFUSED_TYPES,
+    Refused,
+)
 from adapters.strict_json import brief
 
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
@@ -46,35 +57,11 @@ _INFORMATIONAL = frozenset(
         "task_type",
     }
 )
-_RETRAIN = "retrain without it"
-_IMPORTS = "it names code to import, which is never done here; set it to null"
-_MUST_BE_OFF = {
-    "alora_invocation_tokens": f"activated LoRA switches on in mid-sequence; {_RETRAIN}",
-    "arrow_config": f"Arrow routes between several adapters; {_RETRAIN}",
-    "auto_mapping": f"{_IMPORTS}, or train with task_type='CAUSAL_LM' so that PEFT writes none",
-    "base_model_class": _IMPORTS,
-    "enable_lora": f"it was for fused projections of very old PEFT; {_RETRAIN}",
-    "ensure_weight_tying": f"it ties an adapter to the embedding; {_RETRAIN}",
-    "kasa_config": f"KaSA truncates the shared base's weights; {_RETRAIN}",
-    "layer_replication": f"it restructures the shared base; {_RETRAIN}",
-    "lora_bias": f"an adapter may add a low-rank product and no bias; {_RETRAIN}",
-    "megatron_config": _IMPORTS,
-    "merge_weights": f"the shared base is never merged into; {_RETRAIN}",
-    "modules_to_save": f"it replaces whole modules of the shared base; {_RETRAIN}",
-    "monteclora_config": f"Monteclora samples its weights; {_RETRAIN}",
-    "parent_library": _IMPORTS,
-    "target_parameters": f"only linear modules can be adapted here; use target_modules; {_RETRAIN}",
-    "trainable_token_indices": f"it changes embeddings of the shared base; {_RETRAIN}",
-    "use_bdlora": f"block-diagonal LoRA is not applied here; {_RETRAIN}",
-    "use_dora": f"DoRA is not applied here; {_RETRAIN}, or merge it into the base with PEFT",
-    "use_qalora": f"QA-LoRA pools its input, which is not done here; {_RETRAIN}",
-    "velora_config": f"VeLoRA stores more than the two factors; {_RETRAIN}",
-}
 _OFF: tuple[object, ...] = (None, False, "", [], {})
 
-_HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal")
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga")
-_BASE_KEEPING_INITS = ("eva", "mica")
+# How the factors were begun says nothing once they are trained, as long as the base kept its weights.
+_HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_APPLIED_TYPE = "LORA"
 
 
 def check_fields(config: Mapping[str, Any]) -> None:
@@ -84,57 +71,66 @@ def check_fields(config: Mapping[str, Any]) -> None:
         InvalidAdapterError: a field is missing or unknown.
         UnsupportedAdapterError: a field asks for what cannot be applied here.
     """
-    _check_presence(config)
-    _check_type(config)
+    _check_type(config.get("peft_type"))  # fields of another type mean other things
+    raise_first(_faults(config))
 
 
-def _check_presence(config: Mapping[str, Any]) -> None:
-    for name in _REQUIRED:
-        if config.get(name) is None:
-            raise InvalidAdapterError(
-                f"{name} is not set in {CONFIG_FILE}; save the adapter with PEFT's save_pretrained",
-                reason="BAD_CONFIG",
-            )
+def _check_type(peft_type: object) -> None:
+    if peft_type is None:
+        raise _not_set("peft_type")
+    if not isinstance(peft_type, str):
+        raise InvalidAdapterError(
+            f"peft_type = {brief(peft_type)} in {CONFIG_FILE}: it must be a name such as {_APPLIED_TYPE!r}",
+            reason="BAD_CONFIG",
+        )
+    if peft_type != _APPLIED_TYPE:
+        refused = REFUSED_TYPES.get(peft_type, ANY_OTHER_TYPE)
+        raise UnsupportedAdapterError(f"peft_type = {brief(peft_type)}: {refused}", feature=brief(peft_type))
+
+
+def _faults(config: Mapping[str, Any]) -> Iterator[AdapterError]:
+    yield from (_not_set(name) for name in _REQUIRED if config.get(name) is None)
     for name, value in config.items():
-        if name in _MUST_BE_OFF and value not in _OFF:
-            raise UnsupportedAdapterError(f"{name} = {brief(value)}: {_MUST_BE_OFF[name]}")
-        is_known = name in _USED or name in _INFORMATIONAL or name in _MUST_BE_OFF
-        if not is_known and value is not None:
-            raise InvalidAdapterError(
+        refused = _refused(name, value)
+        if refused is not None:
+            yield UnsupportedAdapterError(f"{name} = {brief(value)}: {refused}", feature=name)
+        elif not _is_known(name) and value is not None:
+            yield InvalidAdapterError(
                 f"unknown field {brief(name)} = {brief(value)} in {CONFIG_FILE}; if it is off, remove it or "
                 "set it to null, otherwise this server cannot apply the adapter",
                 reason="UNKNOWN_FIELD",
             )
 
 
-def _check_type(config: Mapping[str, Any]) -> None:
-    if config["peft_type"] != "LORA":
-        raise UnsupportedAdapterError(
-            f"peft_type = {brief(config['peft_type'])}: only LORA is served; retrain with peft.LoraConfig"
-        )
-    if config.get("bias", "none") != "none":
-        raise UnsupportedAdapterError(
-            f"bias = {brief(config['bias'])}: it changes biases of the shared base; retrain with bias='none'"
-        )
-    if config.get("megatron_core") not in (
-        None,
-        "megatron.core",
-    ):  # the default, unused without megatron_config
-        raise UnsupportedAdapterError(f"megatron_core = {brief(config['megatron_core'])}: {_IMPORTS}")
-    _check_init(config.get("init_lora_weights", True))
+def _is_known(name: str) -> bool:
+    return name in _USED or name in _INFORMATIONAL or name in REFUSED_FIELDS
 
 
-def _check_init(init: object) -> None:
-    if init in _HARMLESS_INITS:
-        return
-    family = init.lower() if isinstance(init, str) else ""
-    if family.startswith(_BASE_CHANGING_INITS):
-        remedy = (
-            "it changed the weights of the base in training; convert the adapter with PEFT's save_pretrained"
-            "(…, path_initial_model_for_weight_conversion=…) or retrain with init_lora_weights=true"
-        )
-    elif family in _BASE_KEEPING_INITS:
-        remedy = "it means nothing once the adapter is trained; set it to true"
-    else:
-        remedy = "the adapter was trained against changed base weights; retrain with init_lora_weights=true"
-    raise UnsupportedAdapterError(f"init_lora_weights = {brief(init)}: {remedy}")
+def _refused(name: str, value: object) -> Refused | None:
+    """Why a field with this value cannot be applied; None if nothing is known against it."""
+    match name:
+        case "bias":
+            return None if value == "none" else BIAS
+        case "megatron_core":  # the default is unused without megatron_config
+            return None if value in (None, "megatron.core") else MEGATRON_CORE
+        case "init_lora_weights":
+            return _refused_init(value)
+        case _:
+            return REFUSED_FIELDS.get(name) if value not in _OFF else None
+
+
+def _refused_init(init: object) -> Refused | None:
+    family = init.lower() if isinstance(init, str) else init
+    if family in _HARMLESS_INITS:
+        return None
+    begins = (
+        row for start, row in REFUSED_INITS.items() if isinstance(family, str) and family.startswith(start)
+    )
+    return next(begins, ANY_OTHER_INIT)
+
+
+def _not_set(name: str) -> InvalidAdapterError:
+    return InvalidAdapterError(
+        f"{name} is not set in {CONFIG_FILE}; save the adapter with PEFT's save_pretrained",
+        reason="BAD_CONFIG",
+    )

@@ -3,15 +3,15 @@
 What a field means is what PEFT 0.21 does with it when it loads the adapter.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeGuard, TypeVar
 
-from adapters.errors import InvalidAdapterError
+from adapters.errors import AdapterError, InvalidAdapterError, raise_first
 from adapters.facts import Method
 from adapters.files import CONFIG_FILE
+from adapters.kinds import APPLIED
 from adapters.layout import BaseLayout
 from adapters.patterns import MatchBudget, check_pattern
 from adapters.peft_fields import check_fields
@@ -109,7 +109,7 @@ class AdapterSpec:
     def _scaling(self, module: str, budget: MatchBudget) -> float:
         alpha = _by_pattern(self.alpha_pattern, module, self.alpha, budget)
         rank = _by_pattern(self.rank_pattern, module, self.rank, budget)
-        return alpha / (math.sqrt(rank) if self.method == "rslora" else rank)
+        return APPLIED[self.method].scaling(alpha, rank)
 
     def _is_target(self, module: str, layout: BaseLayout, budget: MatchBudget) -> bool:
         """`check_target_module_exists` of peft.tuners.tuners_utils, step for step."""
@@ -160,17 +160,15 @@ def parse_spec(raw: bytes) -> AdapterSpec:
     """
     config = parse_object(raw, source=CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES)
     check_fields(config)
-    spec = AdapterSpec(
-        method="rslora" if _boolean(config, "use_rslora") else "lora",
-        rank=_rank(config["r"], "r"),
-        alpha=_alpha(config["lora_alpha"], "lora_alpha"),
-        target_modules=_target_modules(config["target_modules"]),
-        exclude_modules=_exclude_modules(config.get("exclude_modules")),
-        rank_pattern=_pattern_map(config, "rank_pattern", _rank),
-        alpha_pattern=_pattern_map(config, "alpha_pattern", _alpha),
-        layers_to_transform=_layers_to_transform(config.get("layers_to_transform")),
-        layers_pattern=_layers_pattern(config.get("layers_pattern")),
-    )
+    values: dict[str, Any] = {}
+    faults: list[AdapterError] = []
+    for attribute, read in _READERS.items():
+        try:
+            values[attribute] = read(config)
+        except AdapterError as fault:
+            faults.append(fault)
+    raise_first(faults)
+    spec = AdapterSpec(**values)
     _check_layers(spec)
     return spec
 
@@ -277,6 +275,20 @@ def _is_integer(value: object) -> TypeGuard[int]:
 
 def _ends_with_one(module: str, names: tuple[str, ...]) -> bool:
     return module.endswith(tuple(f".{name}" for name in names))
+
+
+_READERS: Mapping[str, Callable[[Mapping[str, Any]], object]] = {
+    "method": lambda config: "rslora" if _boolean(config, "use_rslora") else "lora",
+    "rank": lambda config: _rank(config["r"], "r"),
+    "alpha": lambda config: _alpha(config["lora_alpha"], "lora_alpha"),
+    "target_modules": lambda config: _target_modules(config["target_modules"]),
+    "exclude_modules": lambda config: _exclude_modules(config.get("exclude_modules")),
+    "rank_pattern": lambda config: _pattern_map(config, "rank_pattern", _rank),
+    "alpha_pattern": lambda config: _pattern_map(config, "alpha_pattern", _alpha),
+    "layers_to_transform": lambda config: _layers_to_transform(config.get("layers_to_transform")),
+    "layers_pattern": lambda config: _layers_pattern(config.get("layers_pattern")),
+}
+"""By attribute of AdapterSpec: its value in a configuration, checked."""
 
 
 def _plain(names: tuple[object, ...] | str | None) -> list[object] | str | None:

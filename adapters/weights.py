@@ -5,7 +5,7 @@ Knows which tensors an adapter must have, not what is done with them. R rank, D 
 
 import io
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,8 +13,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from adapters.errors import AdapterCorruptError, AdapterError, InvalidAdapterError, UnsupportedAdapterError
+from adapters.errors import (
+    AdapterCorruptError,
+    AdapterError,
+    InvalidAdapterError,
+    UnsupportedAdapterError,
+    raise_first,
+)
 from adapters.files import CONFIG_FILE, WEIGHTS_FILE, open_regular
+from adapters.kinds import APPLIED, REFUSED_TENSORS
 from adapters.layout import BaseLayout
 from adapters.memory import empty
 from adapters.spec import AdapterSpec
@@ -29,17 +36,6 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
 _PREFIX = "base_model.model."
-
-_OF_THE_BASE = "it is a weight of the base; save with save_pretrained(…, save_embedding_layers=False)"
-_OTHER_METHODS = {
-    "lora_magnitude_vector": "it belongs to DoRA; retrain with use_dora=false",
-    "lora_embedding_A": "it adapts an embedding; retrain with linear target_modules only",
-    "lora_embedding_B": "it adapts an embedding; retrain with linear target_modules only",
-    "lora_B.bias": "an adapter may not add a bias; retrain with lora_bias=false",
-    ".base_layer.": _OF_THE_BASE,
-    "embed_tokens.weight": _OF_THE_BASE,
-    "lm_head.weight": _OF_THE_BASE,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +82,35 @@ def load_pairs(path: Path, spec: AdapterSpec, layout: BaseLayout) -> dict[str, L
     ranks = {module: rank for module, (rank, _) in spec.ranks_and_scalings(layout).items()}
     with open_regular(path) as file:
         header = _read_header(file)
-        _check_match(header, ranks, layout)
+        check_tensors(header, expected_tensors(spec, ranks, layout), layout)
         tensors = _read_tensors(file, header)
     return {
         module: LoraPair(a_RD=tensors[tensor_name(module, "A")], b_OR=tensors[tensor_name(module, "B")])
         for module in ranks
     }
+
+
+def expected_tensors(
+    spec: AdapterSpec, ranks: Mapping[str, int], layout: BaseLayout
+) -> dict[str, tuple[int, int]]:
+    """Name and shape of every tensor of an adapter of this method, with these ranks by module."""
+    kind = APPLIED[spec.method]
+    return {
+        f"{_PREFIX}{module}.{ending}": shape
+        for module, rank in ranks.items()
+        for ending, shape in kind.tensors(layout.modules[module], rank).items()
+    }
+
+
+def check_tensors(
+    header: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, int]], layout: BaseLayout
+) -> None:
+    """Exactly the tensors that the configuration calls for, each of the shape that the base calls for.
+
+    Raises:
+        InvalidAdapterError, UnsupportedAdapterError: with every tensor that is wrong among its problems.
+    """
+    raise_first(_tensor_faults(header, expected, layout))
 
 
 def tensor_name(module: str, factor: str) -> str:
@@ -178,22 +197,17 @@ def _check_contiguous(header: Mapping[str, TensorInfo], data_offset: int, file_b
         _bad_header(f"its tensors end at byte {end}, the file at byte {file_bytes}; is it complete?")
 
 
-def _check_match(header: Mapping[str, TensorInfo], ranks: Mapping[str, int], layout: BaseLayout) -> None:
-    """Exactly the tensors that the configuration calls for, each of the shape that the base calls for."""
-    expected: dict[str, tuple[int, int]] = {}
-    for module, rank in ranks.items():
-        expected[tensor_name(module, "A")] = (rank, layout.modules[module].in_features)
-        expected[tensor_name(module, "B")] = (layout.modules[module].out_features, rank)
-    for name in header:
-        if name not in expected:
-            raise _unexpected(name, layout)
+def _tensor_faults(
+    header: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, int]], layout: BaseLayout
+) -> Iterator[AdapterError]:
+    yield from (_unexpected(name, layout) for name in header if name not in expected)
     for name, shape in expected.items():
         if name not in header:
-            raise InvalidAdapterError(
+            yield InvalidAdapterError(
                 f"tensor {name} is missing, though {CONFIG_FILE} targets its module", reason="MISSING_TENSOR"
             )
-        if header[name].shape != shape:
-            raise InvalidAdapterError(
+        elif header[name].shape != shape:
+            yield InvalidAdapterError(
                 f"tensor {name} is {list(header[name].shape)}; rank in {CONFIG_FILE} and the base's layer "
                 f"call for {list(shape)}",
                 reason="SHAPE_MISMATCH",
@@ -201,9 +215,11 @@ def _check_match(header: Mapping[str, TensorInfo], ranks: Mapping[str, int], lay
 
 
 def _unexpected(name: str, layout: BaseLayout) -> AdapterError:
-    for part, why in _OTHER_METHODS.items():
+    for part, refused in REFUSED_TENSORS.items():
         if part in name:
-            return UnsupportedAdapterError(f"tensor {brief(name)} cannot be applied: {why}")
+            return UnsupportedAdapterError(
+                f"tensor {brief(name)} cannot be applied: {refused}", feature=part.strip(".")
+            )
     module = name.removeprefix(_PREFIX).rpartition(".lora_")[0]
     if module in layout.modules:
         why = (

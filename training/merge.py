@@ -25,7 +25,7 @@ from adapters.bundle import Bundle, read_bundle
 from adapters.cache import publish_folder
 from adapters.errors import InvalidAdapterError, WrongBaseError
 from adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_bounded
-from adapters.measures import content_digest, delta_norm
+from adapters.measures import content_digest, delta_norm, module_norms
 from adapters.quantize import progress_bars
 from adapters.spec import MAX_CONFIG_BYTES, AdapterSpec, parse_spec
 from adapters.weights import LoraPair, load_pairs
@@ -88,7 +88,7 @@ def merge_adapter(
         adapter_digest=content_digest(spec, bundle, pairs),
         dtype=dtype,
         modules=len(pairs),
-        delta_norm=delta_norm(pairs, scalings),
+        delta_norm=delta_norm(module_norms(pairs, scalings)),
     )
     fold(base, pairs, scalings)
     out_dir.parent.mkdir(parents=True, exist_ok=True)

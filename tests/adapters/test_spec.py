@@ -202,7 +202,7 @@ def test_a_field_that_is_off_is_no_obstacle(value: object) -> None:
         ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "lora_ga"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "loftq"}, "retrain"),
-        ({"init_lora_weights": "eva"}, "set it to true"),
+        ({"init_lora_weights": ["eva"]}, "retrain"),
         ({"init_lora_weights": {"custom": 1}}, "retrain"),
         ({"megatron_core": "my.evil.module"}, "megatron_core = 'my.evil.module'"),
         ({"auto_mapping": {"base_model_class": "A", "parent_library": "os"}}, "task_type='CAUSAL_LM'"),
