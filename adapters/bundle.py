@@ -1,12 +1,13 @@
-"""quickchange.json, an optional manifest beside an adapter: base, chat template, origin. Knows no tensors."""
+"""quickchange.json, an optional manifest beside an adapter: base, origin, canary. Knows no tensors."""
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from adapters.canary import Canary, parse_canary
 from adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 from adapters.files import BUNDLE_FILE, read_bounded
 from adapters.strict_json import brief, parse_object
@@ -17,7 +18,7 @@ MAX_CHAT_TEMPLATE_CHARS = 64 * 1024
 
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_FIELDS = frozenset({"format", "base_fingerprint", "chat_template", "data_sha256", "seed"})
+_FIELDS = frozenset({"format", "base_fingerprint", "chat_template", "data_sha256", "seed", "canary"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +30,30 @@ class Bundle:
         chat_template: Jinja source that messages are rendered with; None for the base's own.
         data_sha256: 64 hexadecimal digits over the training data; None if unknown.
         seed: of the training run; None if unknown.
+        canary: what it answered where it was trained; None if nobody recorded it.
     """
 
     base_fingerprint: str
     chat_template: str | None = None
     data_sha256: str | None = None
     seed: int | None = None
+    canary: Canary | None = None
 
     def canonical(self) -> dict[str, object]:
         """JSON-able, the same for the same content; unknown facts are left out."""
-        return {"format": FORMAT} | {name: value for name, value in asdict(self).items() if value is not None}
+        facts = {
+            "format": FORMAT,
+            "base_fingerprint": self.base_fingerprint,
+            "chat_template": self.chat_template,
+            "data_sha256": self.data_sha256,
+            "seed": self.seed,
+            "canary": None if self.canary is None else self.canary.canonical(),
+        }
+        return {name: value for name, value in facts.items() if value is not None}
 
     def to_json(self) -> str:
         """The text of a quickchange.json, checked as a reader would."""
-        text = json.dumps(self.canonical(), indent=2, sort_keys=True) + "\n"
+        text = json.dumps(self.canonical(), sort_keys=True) + "\n"
         parse_bundle(text.encode())
         return text
 
@@ -76,6 +87,7 @@ def parse_bundle(raw: bytes) -> Bundle:
         chat_template=_chat_template(members),
         data_sha256=_data_sha256(members),
         seed=_seed(members),
+        canary=_canary(members),
     )
 
 
@@ -105,6 +117,11 @@ def _seed(members: Mapping[str, Any]) -> int | None:
     if value is not None and (type(value) is not int or not 0 <= value < 2**64):
         _refuse("seed", value, "it must be an integer of 64 bits")
     return value
+
+
+def _canary(members: Mapping[str, Any]) -> Canary | None:
+    value = members.get("canary")
+    return None if value is None else parse_canary(value, _refuse)
 
 
 def _refuse(field: str, value: object, why: str) -> NoReturn:

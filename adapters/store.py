@@ -138,6 +138,28 @@ class AdapterStore:
         self._blobs.empty_trash()
         return record, existing is None
 
+    def keep_unlisted(self, staged: Path, facts: AdapterFacts) -> None:
+        """Has a checked adapter's files in place under its digest, without a version: nobody can name it.
+
+        `publish` finds them there; `remove_blob`, or else the next start, removes them again.
+
+        Args:
+            staged: from `new_staging`; its files stay for `publish`.
+
+        Raises:
+            AdapterCorruptError, CapacityError: as `publish`.
+        """
+        files = self._seal(staged, facts)
+        linked = self._blobs.linked(staged)
+        try:
+            with self._catalogue.writing() as rows:
+                self._keep(rows, linked, facts, files)
+        except BaseException:
+            self._drop_orphan(facts.digest)
+            raise
+        finally:
+            self._blobs.discard(linked)
+
     def resolve(self, reference: str) -> AdapterRecord:
         """The version that a request for this reference gets now; "name" is the newest READY one.
 

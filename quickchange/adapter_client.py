@@ -43,6 +43,10 @@ class AdapterClient:
             validate_only: runs every check and publishes nothing.
             progress: True for a bar on standard error, or a function of bytes sent and bytes in all.
             retries: how often to come back when the server has too many uploads, after the time it asks for.
+
+        Raises:
+            InvalidArgumentError, FailedPreconditionError: the adapter was refused; `report` says all that is
+                wrong with it.
         """
         plan = UploadPlan.of(Path(directory))
         header = plan.header(

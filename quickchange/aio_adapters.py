@@ -49,6 +49,10 @@ class AsyncAdapterClient:
             validate_only: runs every check and publishes nothing.
             progress: True for a bar on standard error, or a function of bytes sent and bytes in all.
             retries: how often to come back when the server has too many uploads, after the time it asks for.
+
+        Raises:
+            InvalidArgumentError, FailedPreconditionError: the adapter was refused; `report` says all that is
+                wrong with it.
         """
         # grpc.aio replaces a status that comes before all is sent by one of its own ("Internal error from
         # Core"), and hashing needs a thread anyway: so the blocking client does it.

@@ -3,19 +3,16 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from enum import StrEnum
 from types import MappingProxyType
-from typing import TypeVar
 
-from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from quickchange import types
+from quickchange.enums import named
 from quickchange.errors import CancelledError, InternalError
+from quickchange.reports import validation_report
 from quickchange.v1 import adapters_pb2, inference_pb2, server_pb2
-
-EnumT = TypeVar("EnumT", bound=StrEnum)
 
 
 def completion(response: inference_pb2.GenerateResponse) -> types.Completion:
@@ -120,15 +117,15 @@ def adapter(message: adapters_pb2.Adapter) -> types.Adapter:
         version=message.version,
         digest=message.digest,
         etag=message.etag,
-        state=_named(
+        state=named(
             types.AdapterState, adapters_pb2.AdapterState.DESCRIPTOR, "ADAPTER_STATE_", message.state
         ),
-        residency=_named(types.Residency, adapters_pb2.Residency.DESCRIPTOR, "RESIDENCY_", message.residency),
+        residency=named(types.Residency, adapters_pb2.Residency.DESCRIPTOR, "RESIDENCY_", message.residency),
         pinned=message.pinned,
         rank=message.rank,
         alpha=message.alpha,
         target_modules=tuple(message.target_modules),
-        method=_named(
+        method=named(
             types.AdapterMethod, adapters_pb2.AdapterMethod.DESCRIPTOR, "ADAPTER_METHOD_", message.method
         ),
         size_bytes=message.size_bytes,
@@ -143,13 +140,10 @@ def adapter(message: adapters_pb2.Adapter) -> types.Adapter:
 
 
 def upload_result(response: adapters_pb2.UploadAdapterResponse) -> types.UploadResult:
-    report = response.report
     return types.UploadResult(
         adapter=adapter(response.adapter),
         created=response.created,
-        report=types.ValidationReport(
-            tuple(report.matched_modules), report.rank, report.delta_norm, report.dtype
-        ),
+        report=validation_report(response.report),
     )
 
 
@@ -234,11 +228,4 @@ def _time(timestamp: Timestamp) -> datetime:
 
 
 def _finish_reason(value: int) -> types.FinishReason:
-    return _named(types.FinishReason, inference_pb2.FinishReason.DESCRIPTOR, "FINISH_REASON_", value)
-
-
-def _named(enum: type[EnumT], wire: EnumDescriptor, prefix: str, value: int) -> EnumT:
-    """The member with the wire's name; UNKNOWN for one that only a newer server has."""
-    known = wire.values_by_number.get(value)
-    name = known.name.removeprefix(prefix) if known is not None else "UNKNOWN"
-    return enum.__members__.get(name, enum.__members__["UNKNOWN"])
+    return named(types.FinishReason, inference_pb2.FinishReason.DESCRIPTOR, "FINISH_REASON_", value)

@@ -30,6 +30,10 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from quickchange.reports import validation_report
+from quickchange.types import ValidationReport
+from quickchange.v1 import adapters_pb2
+
 DOMAIN = "quickchange"
 
 NO_CONNECTION = "NO_CONNECTION"
@@ -57,6 +61,7 @@ class QuickchangeError(Exception):
         field_violations: the fields that are wrong, if the error is about fields.
         retry_after_s: when the server asks to be tried again; None if it does not.
         metadata: further facts that the server attached to the reason.
+        report: of an adapter that was refused: what every check found; None otherwise.
     """
 
     default_code: ClassVar[str] = "UNKNOWN"
@@ -70,6 +75,7 @@ class QuickchangeError(Exception):
         field_violations: tuple[FieldViolation, ...] = (),
         retry_after_s: float | None = None,
         metadata: Mapping[str, str] = MappingProxyType({}),
+        report: ValidationReport | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -78,6 +84,7 @@ class QuickchangeError(Exception):
         self.field_violations = field_violations
         self.retry_after_s = retry_after_s
         self.metadata = metadata
+        self.report = report
 
 
 class InvalidArgumentError(QuickchangeError):
@@ -195,6 +202,7 @@ def from_rpc(error: grpc.RpcError) -> QuickchangeError:
         field_violations=details.field_violations,
         retry_after_s=details.retry_after_s,
         metadata=details.metadata,
+        report=details.report,
     )
 
 
@@ -222,6 +230,7 @@ class _Details:
     metadata: Mapping[str, str] = field(default_factory=dict)
     field_violations: tuple[FieldViolation, ...] = ()
     retry_after_s: float | None = None
+    report: ValidationReport | None = None
 
     @classmethod
     def of(cls, status: status_pb2.Status) -> "_Details":
@@ -229,6 +238,7 @@ class _Details:
         info = error_details_pb2.ErrorInfo()
         request = error_details_pb2.BadRequest()
         retry = error_details_pb2.RetryInfo()
+        report = adapters_pb2.ValidationReport()
         for detail in status.details:
             if detail.Unpack(info) and info.domain == DOMAIN:
                 found.reason, found.metadata = info.reason, MappingProxyType(dict(info.metadata))
@@ -238,4 +248,6 @@ class _Details:
                 )
             elif detail.Unpack(retry):
                 found.retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
+            elif detail.Unpack(report):
+                found.report = validation_report(report)
         return found

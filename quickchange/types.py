@@ -44,6 +44,15 @@ class AdapterMethod(enum.StrEnum):
     UNKNOWN = "unknown"
 
 
+class CheckOutcome(enum.StrEnum):
+    """How a check of an adapter ended."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+    UNKNOWN = "unknown"
+
+
 @dataclass(frozen=True, slots=True)
 class ResolvedAdapter:
     """The one version that answered. For the base: no name, version 0, no digest."""
@@ -192,19 +201,69 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
+class ValidationCheck:
+    """One check of an adapter.
+
+    Attributes:
+        detail: what was seen, what is wrong, or why it was skipped.
+        reason: UPPER_SNAKE code of a failure.
+        problems: all that is wrong, `detail` first; the first ones of `problem_count`.
+    """
+
+    name: str
+    outcome: CheckOutcome
+    detail: str
+    reason: str = ""
+    problems: tuple[str, ...] = ()
+    problem_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleUpdate:
+    """What an adapter does to one module of the base.
+
+    Attributes:
+        scaling: factor on B A.
+        norm: Frobenius norm of the update, scaling included; None if its values were not looked at.
+    """
+
+    module: str
+    rank: int
+    scaling: float
+    norm: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class ValidationReport:
-    """What the server's checks found.
+    """What the server's checks found. Of a refusal lists hold the first ones; the counts say how many.
 
     Attributes:
         matched_modules: modules of the base that the adapter changes.
-        delta_norm: Frobenius norm of the whole update, scaling included.
+        delta_norm: Frobenius norm of the whole update, scaling included; 0 if it was not looked at.
         dtype: storage type of the tensors, such as "F32".
+        checks: in the order in which they ran.
+        modules: what it does to each matched module.
+        unmatched_tensors: tensors of the file that no matched module has.
+        base_fingerprint: of the server's base.
+        declared_base_fingerprint: of the base that the adapter says it was made for; None if it does not say.
     """
 
     matched_modules: tuple[str, ...]
     rank: int
     delta_norm: float
     dtype: str
+    checks: tuple[ValidationCheck, ...] = ()
+    modules: tuple[ModuleUpdate, ...] = ()
+    matched_module_count: int = 0
+    unmatched_tensors: tuple[str, ...] = ()
+    unmatched_tensor_count: int = 0
+    base_fingerprint: str = ""
+    declared_base_fingerprint: str | None = None
+    method: AdapterMethod = AdapterMethod.UNKNOWN
+
+    def check(self, name: str) -> ValidationCheck | None:
+        """The check of this name; None if the server did not get to it."""
+        return next((check for check in self.checks if check.name == name), None)
 
 
 @dataclass(frozen=True, slots=True)

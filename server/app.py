@@ -34,6 +34,7 @@ from server.memory import OutOfMemoryAtStartError
 from server.metrics import Metrics, MetricsEndpoint
 from server.request import Failed, Request, SamplingParams
 from server.services.adapters import AdapterService
+from server.services.admission import Admission
 from server.services.catalogue import Catalogue
 from server.services.health import HealthService
 from server.services.inference import InferenceService
@@ -99,9 +100,15 @@ class Server:
         self._workers = Workers(settings.grpc.worker_threads)
         self._prompts = PromptEncoder(base.tokenizer, base.chat_template, settings.grpc.max_prompt_bytes)
         self._catalogue = Catalogue(store, self._engine, self._workers)
-        self._desk = UploadDesk(
-            store, base.layout, settings.engine.max_adapter_rank, settings.grpc, self._metrics, self._workers
+        admission = Admission(
+            store,
+            self._engine,
+            base.layout,
+            self._workers,
+            max_rank=settings.engine.max_adapter_rank,
+            canary_timeout_s=settings.grpc.canary_timeout_s,
         )
+        self._desk = UploadDesk(store, admission, settings.grpc, self._metrics, self._workers)
         self._health = HealthService(_SERVICES)
         self._told_to_stop = asyncio.Event()
         self._engine_died = False

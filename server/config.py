@@ -165,6 +165,9 @@ class GrpcSettings(_Section):
     max_upload_bytes: Annotated[int, About("largest adapter, all files together", 1)] = 2 * GIB
     max_concurrent_uploads: Annotated[int, About("uploads at once; more is refused", 1, 1024)] = 4
     upload_idle_timeout_s: Annotated[float, About("longest wait for an upload's chunk", 0.1, 3600)] = 30.0
+    canary_timeout_s: Annotated[
+        float, About("longest replay of an uploaded adapter's canary, its load included", 0.1, 3600)
+    ] = 30.0
     drain_grace_s: Annotated[float, About("how long requests may go on after SIGTERM", 0, 86400)] = 30.0
     worker_threads: Annotated[int, About("threads for tokenizing, hashing and the store", 1, 64)] = 2
 

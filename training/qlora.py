@@ -51,7 +51,7 @@ def attached(base: Base, recipe: Recipe, products: torch.dtype) -> Iterator[Peft
             model = get_peft_model(base.model, lora_config(recipe, base.layout))
     except ValueError as error:  # PEFT found no module of that name, or one that is not linear
         raise RecipeError(f"target_modules is {recipe.target_modules!r}: {error}") from None
-    with _products_in(base, products), _contiguous_head(base.model), _checkpointed(base, recipe):
+    with products_in(base, products), _contiguous_head(base.model), _checkpointed(base, recipe):
         try:
             yield model
         finally:
@@ -103,8 +103,8 @@ def takes_logits_to_keep(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _products_in(base: Base, dtype: torch.dtype) -> Iterator[None]:
-    """Sets the type of the frozen layers' products, and puts the old one back."""
+def products_in(base: Base, dtype: torch.dtype) -> Iterator[None]:
+    """Within the block the frozen layers' products are of this type."""
     layers = [module for module in base.model.modules() if isinstance(module, Linear4bit)]
     before = [layer.compute_dtype for layer in layers]
     for layer in layers:

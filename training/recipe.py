@@ -45,6 +45,7 @@ _RANGES: Final[Mapping[str, tuple[type, float, float]]] = {
     "max_gradient_norm": (float, 1e-3, 1e6),
     "eval_fraction": (float, 0, 0.5),
     "evals_per_epoch": (int, 1, 1000),
+    "canary_probes": (int, 0, 16),
     "seed": (int, 0, 2**32 - 1),
 }
 _MAY_BE_OPEN: Final = ("alpha", "max_steps")
@@ -81,6 +82,8 @@ class Recipe:
         products: type of the frozen layers' matrix products; "auto" takes the faster one on a CPU.
         eval_fraction: part of the rows that is held out, and whose loss is measured in between.
         evals_per_epoch: how often it is.
+        canary_probes: prompts of the data that travel with the adapter, with what it answers to them, so that
+            a server can check that it answers the same; 0 for none.
         seed: of the adapter's first weights, the split and the order of rows.
         device: "auto" is CUDA if there is one.
         publish: HOST:PORT of the server to upload the adapter to; None to leave it in `out`.
@@ -113,6 +116,7 @@ class Recipe:
     products: Products = "auto"
     eval_fraction: float = 0.0
     evals_per_epoch: int = 1
+    canary_probes: int = 3
     seed: int = 0
     device: Device = "auto"
     publish: str | None = None

@@ -28,6 +28,7 @@ from adapters.cache import publish_folder
 from adapters.facts import AdapterFacts
 from adapters.files import ADAPTER_FILES, BUNDLE_FILE
 from adapters.validate import validate_adapter
+from training.canary import probe_prompts, record_canary
 from training.curve import EvalPoint, LossPoint, draw_loss_curve
 from training.data import Collator, DataReport, Examples, RowEncoder, TrainingData, prepare
 from training.errors import RecipeError
@@ -269,11 +270,13 @@ def _save_adapter(model: PeftModel, base: Base, data: TrainingData, recipe: Reci
     for path in folder.iterdir():
         if path.name not in ADAPTER_FILES:  # PEFT's model card, a form to be filled in
             path.unlink()
+    prompts = probe_prompts(data.train, recipe.canary_probes, max_context_tokens=base.max_context_tokens)
     bundle = Bundle(
         base_fingerprint=base.fingerprint,
         chat_template=base.chat_template,
         data_sha256=data.sha256,
         seed=recipe.seed,
+        canary=record_canary(model, base, prompts),
     )
     (folder / BUNDLE_FILE).write_text(bundle.to_json())
 

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +19,15 @@ from quickchange.commands.options import (
     progress_of,
 )
 from quickchange.commands.output import print_facts, print_json, print_table, short, size
+from quickchange.commands.report import print_report, summary
+from quickchange.errors import QuickchangeError
 from quickchange.types import Adapter, AdapterState, UploadResult
 
 if TYPE_CHECKING:
     from quickchange.client import Client
     from quickchange.commands.options import Subparsers
 
+_NAME_OF_A_CHECK = "check"  # an upload needs a name, even one that is never given to anything
 _REFERENCE = "name (its newest version), name@version, name:alias or sha256:…"
 
 
@@ -36,6 +40,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_push(actions)
+    _add_check(actions)
     _add_list(actions)
     _add_show(actions)
     _add_alias(actions)
@@ -65,12 +70,7 @@ def _add_push(actions: "Subparsers") -> None:
         "  quickchange adapters push ./out --name sql --label team=data --alias canary\n"
         "  quickchange adapters push ./out --name sql --validate-only",
     )
-    parser.add_argument(
-        "directory",
-        metavar="DIR",
-        type=Path,
-        help="holds adapter_config.json and adapter_model.safetensors, as PEFT saves them",
-    )
+    _add_adapter_folder(parser)
     parser.add_argument("--name", required=True, help="what requests will call it")
     parser.add_argument(
         "--version", type=int, metavar="N", help="publish as exactly this version (default: the next)"
@@ -87,6 +87,29 @@ def _add_push(actions: "Subparsers") -> None:
     add_retries_option(parser)
     add_json_option(parser)
     add_server_options(parser)
+
+
+def _add_check(actions: "Subparsers") -> None:
+    parser = add_command(
+        actions,
+        "check",
+        "show whether the server would take the adapter in a folder, check by check; nothing is published",
+        "  quickchange adapters check ./out",
+    )
+    _add_adapter_folder(parser)
+    add_progress_option(parser)
+    add_retries_option(parser)
+    add_json_option(parser)
+    add_server_options(parser)
+
+
+def _add_adapter_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "directory",
+        metavar="DIR",
+        type=Path,
+        help="holds adapter_config.json and adapter_model.safetensors, as PEFT saves them",
+    )
 
 
 def _add_list(actions: "Subparsers") -> None:
@@ -167,16 +190,17 @@ def _add_pull(actions: "Subparsers") -> None:
 
 
 def _push(client: "Client", args: argparse.Namespace) -> None:
-    result = client.adapters.push(
-        args.directory,
-        args.name,
-        version=args.version,
-        labels=dict(args.label),
-        description=args.description,
-        validate_only=args.validate_only,
-        progress=progress_of(args),
-        retries=args.retries,
-    )
+    with _refusals_shown(args):
+        result = client.adapters.push(
+            args.directory,
+            args.name,
+            version=args.version,
+            labels=dict(args.label),
+            description=args.description,
+            validate_only=args.validate_only,
+            progress=progress_of(args),
+            retries=args.retries,
+        )
     if not args.validate_only:
         for alias in args.alias:
             client.adapters.alias(args.name, alias, result.adapter.version)
@@ -187,15 +211,47 @@ def _push(client: "Client", args: argparse.Namespace) -> None:
 
 
 def _print_pushed(result: UploadResult, *, validate_only: bool) -> None:
-    adapter, report = result.adapter, result.report
     if validate_only:
-        print(
-            f"valid: rank {report.rank}, {len(report.matched_modules)} modules, |ΔW| {report.delta_norm:.4g}"
-        )
+        _print_valid(result)
         return
-    print(f"{adapter.reference} {adapter.digest}")
+    print(f"{result.adapter.reference} {result.adapter.digest}")
+    print(summary(result.report), file=sys.stderr)
     if not result.created:
         print("this content was there already; nothing new was published", file=sys.stderr)
+
+
+def _check(client: "Client", args: argparse.Namespace) -> None:
+    with _refusals_shown(args):
+        result = client.adapters.push(
+            args.directory,
+            _NAME_OF_A_CHECK,
+            validate_only=True,
+            progress=progress_of(args),
+            retries=args.retries,
+        )
+    if args.json:
+        print_json(result)
+    else:
+        _print_valid(result)
+
+
+def _print_valid(result: UploadResult) -> None:
+    print_report(result.report)
+    print(f"valid: {summary(result.report)}")
+
+
+@contextmanager
+def _refusals_shown(args: argparse.Namespace) -> Iterator[None]:
+    """All that is wrong with an adapter goes before the one line that every failure ends with."""
+    try:
+        yield
+    except QuickchangeError as error:
+        if error.report is not None:
+            if args.json:
+                print_json(error.report)
+            else:
+                print_report(error.report, sys.stderr)
+        raise
 
 
 def _list(client: "Client", args: argparse.Namespace) -> None:
@@ -291,6 +347,7 @@ def _pull(client: "Client", args: argparse.Namespace) -> None:
 
 _ACTIONS: Mapping[str, Callable[["Client", argparse.Namespace], None]] = {
     "push": _push,
+    "check": _check,
     "list": _list,
     "show": _show,
     "alias": _alias,

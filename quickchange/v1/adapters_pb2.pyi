@@ -79,6 +79,27 @@ ADAPTER_METHOD_RSLORA: AdapterMethod.ValueType  # 2
 ADAPTER_METHOD_DORA: AdapterMethod.ValueType  # 3
 Global___AdapterMethod: typing_extensions.TypeAlias = AdapterMethod
 
+class _CheckOutcome:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _CheckOutcomeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_CheckOutcome.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    CHECK_OUTCOME_UNSPECIFIED: _CheckOutcome.ValueType  # 0
+    CHECK_OUTCOME_PASSED: _CheckOutcome.ValueType  # 1
+    CHECK_OUTCOME_FAILED: _CheckOutcome.ValueType  # 2
+    CHECK_OUTCOME_SKIPPED: _CheckOutcome.ValueType  # 3
+    """It was not needed, or could not run; detail says why."""
+
+class CheckOutcome(_CheckOutcome, metaclass=_CheckOutcomeEnumTypeWrapper): ...
+
+CHECK_OUTCOME_UNSPECIFIED: CheckOutcome.ValueType  # 0
+CHECK_OUTCOME_PASSED: CheckOutcome.ValueType  # 1
+CHECK_OUTCOME_FAILED: CheckOutcome.ValueType  # 2
+CHECK_OUTCOME_SKIPPED: CheckOutcome.ValueType  # 3
+"""It was not needed, or could not run; detail says why."""
+Global___CheckOutcome: typing_extensions.TypeAlias = CheckOutcome
+
 @typing.final
 class Adapter(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -317,21 +338,122 @@ class UploadAdapterRequest(google.protobuf.message.Message):
 Global___UploadAdapterRequest: typing_extensions.TypeAlias = UploadAdapterRequest
 
 @typing.final
+class ValidationCheck(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    OUTCOME_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    PROBLEMS_FIELD_NUMBER: builtins.int
+    PROBLEM_COUNT_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """"files", "configuration", "manifest", "base", "modules", "ranks", "header", "tensors", "values", "canary"."""
+    outcome: Global___CheckOutcome.ValueType
+    detail: builtins.str
+    """What was seen, or the first thing that is wrong."""
+    reason: builtins.str
+    """Of a failure: the reason that ErrorInfo has if this is the first one."""
+    problem_count: builtins.int
+    """Of a failure: how many things are wrong, the one in detail included."""
+    @property
+    def problems(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Of a failure: what is wrong beside detail; the first ones of many."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        outcome: Global___CheckOutcome.ValueType = ...,
+        detail: builtins.str = ...,
+        reason: builtins.str = ...,
+        problems: collections.abc.Iterable[builtins.str] | None = ...,
+        problem_count: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["detail", b"detail", "name", b"name", "outcome", b"outcome", "problem_count", b"problem_count", "problems", b"problems", "reason", b"reason"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ValidationCheck: typing_extensions.TypeAlias = ValidationCheck
+
+@typing.final
+class ModuleUpdate(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODULE_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
+    SCALING_FIELD_NUMBER: builtins.int
+    NORM_FIELD_NUMBER: builtins.int
+    module: builtins.str
+    rank: builtins.int
+    scaling: builtins.float
+    """Factor on B A."""
+    norm: builtins.float
+    """Frobenius norm of this module's update, scaling included; unset if its values were not looked at."""
+    def __init__(
+        self,
+        *,
+        module: builtins.str = ...,
+        rank: builtins.int = ...,
+        scaling: builtins.float = ...,
+        norm: builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_norm", b"_norm", "norm", b"norm"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_norm", b"_norm", "module", b"module", "norm", b"norm", "rank", b"rank", "scaling", b"scaling"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__norm: typing_extensions.TypeAlias = typing.Literal["norm"]
+    _WhichOneofArgType__norm: typing_extensions.TypeAlias = typing.Literal["_norm", b"_norm"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__norm) -> _WhichOneofReturnType__norm | None: ...
+
+Global___ModuleUpdate: typing_extensions.TypeAlias = ModuleUpdate
+
+@typing.final
 class ValidationReport(google.protobuf.message.Message):
+    """What the checks found, of an adapter that passed, and as a status detail of one that was refused. A refusal
+    travels in the call's trailers, so its lists are cut where they are long; the counts say what there is.
+    """
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     MATCHED_MODULES_FIELD_NUMBER: builtins.int
     RANK_FIELD_NUMBER: builtins.int
     DELTA_NORM_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
+    CHECKS_FIELD_NUMBER: builtins.int
+    MODULES_FIELD_NUMBER: builtins.int
+    MATCHED_MODULE_COUNT_FIELD_NUMBER: builtins.int
+    UNMATCHED_TENSORS_FIELD_NUMBER: builtins.int
+    UNMATCHED_TENSOR_COUNT_FIELD_NUMBER: builtins.int
+    BASE_FINGERPRINT_FIELD_NUMBER: builtins.int
+    DECLARED_BASE_FINGERPRINT_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
     rank: builtins.int
     delta_norm: builtins.float
-    """Frobenius norm of the whole update, scaling included."""
+    """Frobenius norm of the whole update, scaling included; 0 if the values were not looked at."""
     dtype: builtins.str
     """Storage type of the tensors, e.g. "F32"."""
+    matched_module_count: builtins.int
+    unmatched_tensor_count: builtins.int
+    base_fingerprint: builtins.str
+    """Of this server's base."""
+    declared_base_fingerprint: builtins.str
+    """Of the base that the adapter says it was made for."""
+    method: Global___AdapterMethod.ValueType
     @property
     def matched_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Modules of the base that the adapter changes."""
+
+    @property
+    def checks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ValidationCheck]:
+        """In the order in which they ran."""
+
+    @property
+    def modules(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ModuleUpdate]:
+        """One for each matched module."""
+
+    @property
+    def unmatched_tensors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Tensors of the file that no matched module has."""
 
     def __init__(
         self,
@@ -340,9 +462,22 @@ class ValidationReport(google.protobuf.message.Message):
         rank: builtins.int = ...,
         delta_norm: builtins.float = ...,
         dtype: builtins.str = ...,
+        checks: collections.abc.Iterable[Global___ValidationCheck] | None = ...,
+        modules: collections.abc.Iterable[Global___ModuleUpdate] | None = ...,
+        matched_module_count: builtins.int = ...,
+        unmatched_tensors: collections.abc.Iterable[builtins.str] | None = ...,
+        unmatched_tensor_count: builtins.int = ...,
+        base_fingerprint: builtins.str = ...,
+        declared_base_fingerprint: builtins.str | None = ...,
+        method: Global___AdapterMethod.ValueType = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["delta_norm", b"delta_norm", "dtype", b"dtype", "matched_modules", b"matched_modules", "rank", b"rank"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_declared_base_fingerprint", b"_declared_base_fingerprint", "declared_base_fingerprint", b"declared_base_fingerprint"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_declared_base_fingerprint", b"_declared_base_fingerprint", "base_fingerprint", b"base_fingerprint", "checks", b"checks", "declared_base_fingerprint", b"declared_base_fingerprint", "delta_norm", b"delta_norm", "dtype", b"dtype", "matched_module_count", b"matched_module_count", "matched_modules", b"matched_modules", "method", b"method", "modules", b"modules", "rank", b"rank", "unmatched_tensor_count", b"unmatched_tensor_count", "unmatched_tensors", b"unmatched_tensors"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__declared_base_fingerprint: typing_extensions.TypeAlias = typing.Literal["declared_base_fingerprint"]
+    _WhichOneofArgType__declared_base_fingerprint: typing_extensions.TypeAlias = typing.Literal["_declared_base_fingerprint", b"_declared_base_fingerprint"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__declared_base_fingerprint) -> _WhichOneofReturnType__declared_base_fingerprint | None: ...
 
 Global___ValidationReport: typing_extensions.TypeAlias = ValidationReport
 

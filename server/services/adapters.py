@@ -13,7 +13,7 @@ from adapters.files import open_regular
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 from server.engine import Engine
 from server.errors import InvalidRequestError, UnsupportedFeatureError
-from server.services import convert
+from server.services import convert, reports
 from server.services.catalogue import Catalogue, Changes
 from server.services.ingest import UploadDesk
 from server.services.workers import Workers
@@ -46,7 +46,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         else:
             adapter = self._message(ingested.record)
         return adapters_pb2.UploadAdapterResponse(
-            adapter=adapter, created=ingested.created, report=convert.report(ingested.facts)
+            adapter=adapter, created=ingested.created, report=reports.report(ingested.report)
         )
 
     async def QueryUpload(

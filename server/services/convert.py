@@ -231,15 +231,6 @@ def validated(
     return message
 
 
-def report(facts: AdapterFacts) -> adapters_pb2.ValidationReport:
-    return adapters_pb2.ValidationReport(
-        matched_modules=facts.matched_modules,
-        rank=facts.rank,
-        delta_norm=facts.delta_norm,
-        dtype=facts.dtype,
-    )
-
-
 def _duration(seconds: float) -> Duration:
     message = Duration()
     message.FromNanoseconds(round(seconds * 1e9))

@@ -1,20 +1,24 @@
 """An adapter's way in: received, checked against the base, published. Knows messages, not the call."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.errors import InvalidAdapterError, UnsupportedAdapterError, WrongBaseError
+from adapters.errors import (
+    CanaryMismatchError,
+    InvalidAdapterError,
+    UnsupportedAdapterError,
+    WrongBaseError,
+)
 from adapters.facts import AdapterFacts, AdapterRecord
-from adapters.layout import BaseLayout
+from adapters.report import ValidationReport
 from adapters.store import AdapterStore
-from adapters.validate import validate_adapter
 from quickchange.v1 import adapters_pb2
 from server.config import GrpcSettings
 from server.errors import DrainingError, InvalidRequestError
 from server.metrics import Metrics
+from server.services.admission import Admission, Wanted
 from server.services.statuses import reason_of
 from server.services.uploads import (
     StagedUpload,
@@ -25,12 +29,10 @@ from server.services.uploads import (
 )
 from server.services.workers import Workers
 
-log = logging.getLogger(__name__)
-
 Messages = AsyncIterator[adapters_pb2.UploadAdapterRequest]
 
 _RETRY_AFTER_S = 1.0
-_REFUSED_BY_A_CHECK = (InvalidAdapterError, UnsupportedAdapterError, WrongBaseError)
+_REFUSED_BY_A_CHECK = (InvalidAdapterError, UnsupportedAdapterError, WrongBaseError, CanaryMismatchError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Ingested:
 
     plan: UploadPlan
     facts: AdapterFacts
+    report: ValidationReport
     record: AdapterRecord | None
     created: bool
 
@@ -49,15 +52,13 @@ class UploadDesk:
     def __init__(
         self,
         store: AdapterStore,
-        layout: BaseLayout,
-        max_rank: int,
+        admission: Admission,
         settings: GrpcSettings,
         metrics: Metrics,
         workers: Workers,
     ) -> None:
         self._store = store
-        self._layout = layout
-        self._max_rank = max_rank
+        self._admission = admission
         self._settings = settings
         self._metrics = metrics
         self._workers = workers
@@ -117,7 +118,7 @@ class UploadDesk:
         folder = await self._workers.run(self._store.new_staging)
         try:
             await self._write(messages, plan, folder, received)
-            return await self._workers.run(self._publish, plan, folder)
+            return await self._admit(plan, folder)
         finally:
             await self._workers.run(self._store.discard, folder)
 
@@ -149,21 +150,10 @@ class UploadDesk:
                 f"nothing came for {self._settings.upload_idle_timeout_s:g} s; upload again"
             ) from None
 
-    def _publish(self, plan: UploadPlan, folder: Path) -> Ingested:
-        """In a worker: the checks, then the one step that makes it visible."""
-        facts = validate_adapter(folder, self._layout, max_rank=self._max_rank)
-        if plan.validate_only:
-            return Ingested(plan, facts, None, created=False)
-        record, created = self._store.publish(
-            plan.name,
-            folder,
-            facts,
-            version=plan.version,
-            labels=plan.labels,
-            description=plan.description,
-        )
-        log.info("adapter published adapter=%s digest=%s created=%s", record.reference, facts.digest, created)
-        return Ingested(plan, facts, record, created)
+    async def _admit(self, plan: UploadPlan, folder: Path) -> Ingested:
+        wanted = Wanted(plan.name, plan.version, plan.labels, plan.description, plan.validate_only)
+        admitted = await self._admission.admit(folder, wanted)
+        return Ingested(plan, admitted.facts, admitted.report, admitted.record, admitted.created)
 
 
 @dataclass(slots=True)

@@ -13,12 +13,14 @@ from google.rpc import error_details_pb2, status_pb2
 
 from adapters import errors as adapter_errors
 from server import errors as server_errors
+from server.services import reports
 
 log = logging.getLogger(__name__)
 
 DOMAIN: Final = "quickchange"
 UNEXPECTED_REASON: Final = "INTERNAL"
 _MESSAGE_BYTES: Final = 1024  # message and details travel as metadata, of which a client takes 8 KiB
+_FEATURE_CHARACTERS: Final = 128
 
 TABLE: Final[Mapping[type[Exception], grpc.StatusCode]] = {
     server_errors.ServerError: grpc.StatusCode.INTERNAL,
@@ -34,6 +36,7 @@ TABLE: Final[Mapping[type[Exception], grpc.StatusCode]] = {
     adapter_errors.InvalidAdapterError: grpc.StatusCode.INVALID_ARGUMENT,
     adapter_errors.UnsupportedAdapterError: grpc.StatusCode.FAILED_PRECONDITION,
     adapter_errors.WrongBaseError: grpc.StatusCode.FAILED_PRECONDITION,
+    adapter_errors.CanaryMismatchError: grpc.StatusCode.FAILED_PRECONDITION,
     adapter_errors.AdapterNotFoundError: grpc.StatusCode.NOT_FOUND,
     adapter_errors.AdapterExistsError: grpc.StatusCode.ALREADY_EXISTS,
     adapter_errors.StaleEtagError: grpc.StatusCode.ABORTED,
@@ -99,12 +102,16 @@ def _details_of(error: Exception) -> list[Message]:
             extra = [error_details_pb2.QuotaFailure(violations=[quota])]
         case _:
             extra = []
+    if isinstance(error, adapter_errors.AdapterError) and error.report is not None:
+        extra.append(reports.refusal(error.report))
     return [_error_info(reason_of(error), _metadata_of(error)), *extra]
 
 
 def _metadata_of(error: Exception) -> Mapping[str, str]:
     if isinstance(error, server_errors.AdapterLoadError):
         return {"cause": reason_of(error.cause)}
+    if isinstance(error, adapter_errors.UnsupportedAdapterError):
+        return {"feature": error.feature[:_FEATURE_CHARACTERS]}
     return {}
 
 

@@ -18,7 +18,7 @@ import pytest
 from quickchange.cli import COMMANDS, main
 from tests.quickchange.scripted import DIGEST, Script, queue_full, rich
 
-ACTIONS = ("push", "list", "show", "alias", "pin", "unpin", "load", "unload", "rm", "pull")
+ACTIONS = ("push", "check", "list", "show", "alias", "pin", "unpin", "load", "unload", "rm", "pull")
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -193,7 +193,7 @@ def test_push(run: Run, script: Script, folder: Path) -> None:
         *("adapters", "push", str(folder), "--name", "sql", "--label", "team=a", "--label", "x=y=z"),
         *("--description", "SQL", "--alias", "prod", "--alias", "canary"),
     )
-    assert (code, out, err) == (0, f"sql@1 {DIGEST}\n", "")
+    assert (code, out, err) == (0, f"sql@1 {DIGEST}\n", "rank 8, 1 modules, |ΔW| 0.5\n")
     header = script.uploads[0][0].header
     assert dict(header.labels) == {"team": "a", "x": "y=z"}
     assert header.description == "SQL"

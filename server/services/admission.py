@@ -1,0 +1,158 @@
+"""An adapter's last stretch: checked, its canary replayed, published. Knows neither messages nor streams."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.bundle import Bundle
+from adapters.canary import Canary
+from adapters.errors import AdapterError, AdapterNotFoundError, InvalidAdapterError
+from adapters.facts import AdapterFacts, AdapterRecord
+from adapters.layout import BaseLayout
+from adapters.report import Check, Outcome, ValidationReport
+from adapters.store import AdapterStore
+from adapters.validate import examine_adapter, failed
+from server.engine import Engine
+from server.errors import InvalidRequestError, ServerError
+from server.services.replay import CanaryReplay
+from server.services.workers import Workers
+
+log = logging.getLogger(__name__)
+
+_CANARY = "canary"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to become of a staged adapter that passes."""
+
+    name: str
+    version: int | None
+    labels: Mapping[str, str]
+    description: str
+    validate_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """An adapter that passed every check; record is None if it was only to be validated."""
+
+    facts: AdapterFacts
+    report: ValidationReport
+    record: AdapterRecord | None
+    created: bool
+
+
+class Admission:
+    """Decides on staged adapters; nobody else can name one before it is published."""
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        engine: Engine,
+        layout: BaseLayout,
+        workers: Workers,
+        *,
+        max_rank: int,
+        canary_timeout_s: float,
+    ) -> None:
+        self._store, self._engine, self._layout, self._workers = store, engine, layout, workers
+        self._max_rank = max_rank
+        self._replay = CanaryReplay(engine, canary_timeout_s)
+        self._replaying = asyncio.Lock()  # one at a time: canaries go beside real work, not instead of it
+
+    async def admit(self, folder: Path, wanted: Wanted) -> Admitted:
+        """Checks a staged folder and, unless it is only to be validated, publishes it.
+
+        Raises:
+            AdapterError: refused; its report says what each check found.
+            ServerError: the canary could not be replayed.
+        """
+        examined = await self._workers.run(examine_adapter, folder, self._layout, max_rank=self._max_rank)
+        facts = examined.facts
+        if facts is None:
+            assert examined.error is not None, "no facts without an error"
+            raise examined.error
+        canary = examined.bundle.canary if examined.bundle else None
+        reason = self._why_not_replayed(examined.bundle)
+        if canary is None or reason:
+            report = examined.report.with_check(Check(_CANARY, Outcome.SKIPPED, reason))
+            return await self._publish(folder, facts, report, wanted)
+        async with self._replaying, self._unlisted(folder, facts):
+            report = await self._checked(facts.digest, canary, examined.report)
+            return await self._publish(folder, facts, report, wanted)
+
+    def _why_not_replayed(self, bundle: Bundle | None) -> str:
+        """Empty if there is a canary that says something here."""
+        if bundle is None or bundle.canary is None:
+            return "the adapter has none"
+        canary = bundle.canary
+        if canary.base_fingerprint != self._layout.fingerprint:
+            return f"it was recorded on another base, {canary.base_fingerprint}"
+        if not canary.tells_from_base:
+            return (
+                "it cannot tell the adapter from the bare base: they differ by "
+                f"{canary.base_distance:g}, and rounding explains {canary.tolerance:g}"
+            )
+        longest = max(len(probe.prompt_token_ids) + len(probe.steps) for probe in canary.probes)
+        if longest > self._engine.max_context_tokens:
+            return (
+                f"it needs a context of {longest} tokens, this server has {self._engine.max_context_tokens}"
+            )
+        return ""
+
+    async def _checked(self, digest: str, canary: Canary, report: ValidationReport) -> ValidationReport:
+        try:
+            detail = await self._replay.replay(digest, canary)
+        except InvalidRequestError as error:  # a token that the base does not have
+            refusal: AdapterError = InvalidAdapterError(
+                f"canary in quickchange.json: {error}; record it on this base", reason="BAD_BUNDLE"
+            )
+            raise _reported(refusal, report) from None
+        except AdapterError as error:
+            raise _reported(error, report) from None
+        return report.with_check(Check(_CANARY, Outcome.PASSED, detail))
+
+    async def _publish(
+        self, folder: Path, facts: AdapterFacts, report: ValidationReport, wanted: Wanted
+    ) -> Admitted:
+        if wanted.validate_only:
+            return Admitted(facts, report, None, created=False)
+        record, created = await self._workers.run(
+            self._store.publish,
+            wanted.name,
+            folder,
+            facts,
+            version=wanted.version,
+            labels=wanted.labels,
+            description=wanted.description,
+        )
+        log.info("adapter published adapter=%s digest=%s created=%s", record.reference, facts.digest, created)
+        return Admitted(facts, report, record, created)
+
+    @asynccontextmanager
+    async def _unlisted(self, folder: Path, facts: AdapterFacts) -> AsyncIterator[None]:
+        """While the block runs the engine can load the content; afterwards only if it was published."""
+        await self._workers.run(self._store.keep_unlisted, folder, facts)
+        try:
+            yield
+        finally:
+            await self._forget_unless_published(facts.digest)
+
+    async def _forget_unless_published(self, digest: str) -> None:
+        try:
+            await self._workers.run(self._store.get, digest)
+        except AdapterNotFoundError:
+            try:
+                await self._engine.forget(digest)
+                await self._workers.run(self._store.remove_blob, digest)
+            except (ServerError, AdapterError):
+                log.exception("adapter not removed digest=%s; the next start does it", digest)
+
+
+def _reported(error: AdapterError, report: ValidationReport) -> AdapterError:
+    error.report = report.with_check(failed(_CANARY, error))
+    return error

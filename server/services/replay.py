@@ -1,0 +1,171 @@
+"""Asks a new adapter what its canary says it was asked in training. Knows neither files nor messages.
+
+The questions go through the engine like anybody's, one at a time, behind everybody else's, and with a salt of
+their own, so that nothing they computed can serve another request.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Final
+
+from adapters.canary import MAX_ALTERNATIVES, Canary, Probe
+from adapters.errors import AdapterError, CanaryMismatchError, CapacityError
+from server.engine import Engine
+from server.errors import AdapterLoadError, DeadlineError, QueueFullError, RequestFailedError
+from server.request import (
+    MAX_PRIORITY,
+    AdapterIdentity,
+    Delta,
+    Failed,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+)
+
+CANARY_NAME: Final = "_canary"
+"""What metrics call the adapter meanwhile; no adapter can have this name."""
+
+_ROOM_POLL_S: Final = 0.1
+_RETRY_AFTER_S: Final = 5.0
+
+
+class CanaryDelayedError(QueueFullError):
+    """The server was too busy to replay a canary in time; nothing is known against the adapter."""
+
+    reason = "CANARY_NOT_REPLAYED"
+
+
+class CanaryReplay:
+    """Replays canaries through an engine."""
+
+    def __init__(self, engine: Engine, timeout_s: float) -> None:
+        """
+        Args:
+            timeout_s: for a whole canary, the adapter's load included.
+        """
+        self._engine = engine
+        self._timeout_s = timeout_s
+
+    async def replay(self, digest: str, canary: Canary) -> str:
+        """What was seen, if the adapter answers as it did in training.
+
+        Args:
+            digest: of a content in the store; it needs no version.
+
+        Raises:
+            CanaryMismatchError: it does not.
+            CapacityError: the adapter cannot be on this device at all.
+            CanaryDelayedError: there was no time or no room for it.
+            DrainingError, EngineDownError, InvalidRequestError
+        """
+        run = _Run(self._engine, digest, canary, time.monotonic() + self._timeout_s)
+        try:
+            await run.load()
+            for probe in canary.probes:
+                await run.ask(probe)
+        except DeadlineError:
+            raise CanaryDelayedError(
+                f"the canary was not replayed within {self._timeout_s:g} s, since the server is busy; "
+                "upload again later",
+                _RETRY_AFTER_S,
+            ) from None
+        return (
+            f"{run.compared} tokens of {len(canary.probes)} prompts: log-probabilities differ by at most "
+            f"{run.worst:.4f}, of {canary.tolerance:.4f} that rounding explains"
+        )
+
+
+class _Run:
+    """One replay.
+
+    Attributes:
+        compared: positions seen so far.
+        worst: the largest difference at any of them.
+    """
+
+    def __init__(self, engine: Engine, digest: str, canary: Canary, deadline_s: float) -> None:
+        self._engine, self._canary, self._deadline_s = engine, canary, deadline_s
+        self._identity = AdapterIdentity(CANARY_NAME, 0, digest)
+        self._salt = f"canary {secrets.token_hex(16)}"
+        self.compared = 0
+        self.worst = 0.0
+
+    async def load(self) -> None:
+        """Waits until the adapter is on the device.
+
+        It does not queue for room, where others would have to make way for it; it looks again.
+        """
+        while True:
+            try:
+                return await self._engine.load(self._identity.digest)
+            except CapacityError as error:
+                if error.reason != CapacityError.default_reason:
+                    raise
+            if time.monotonic() > self._deadline_s:
+                raise DeadlineError("no room on the device")
+            await asyncio.sleep(_ROOM_POLL_S)
+
+    async def ask(self, probe: Probe) -> None:
+        """Compares every position of one probe.
+
+        Where the server prefers another token, which near a tie is no fault, it is asked again with the
+        trainer's: the positions after it are compared too.
+        """
+        at = 0
+        while at < len(probe.steps):
+            async with aclosing(self._answer(probe, at)) as answer:
+                async for logprob in answer:
+                    step = probe.steps[at]
+                    at += 1
+                    self._note(step.difference(dict(logprob.alternatives)))
+                    if logprob.token_id != step.token_id:
+                        break
+
+    def _note(self, difference: float) -> None:
+        self.compared += 1
+        self.worst = max(self.worst, difference)
+        if difference > self._canary.tolerance:
+            raise CanaryMismatchError(
+                f"it does not answer as it was trained: log-probabilities of the canary differ by "
+                f"{difference:.4f} at token {self.compared} of {self._canary.steps}, and rounding explains "
+                f"{self._canary.tolerance:.4f}; were its files mixed up with another adapter's? record a new "
+                "canary by training again, or remove it from quickchange.json"
+            )
+
+    async def _answer(self, probe: Probe, at: int) -> AsyncGenerator[TokenLogprob]:
+        """What the server has from a position on, given the trainer's tokens before it."""
+        stream = self._engine.submit(self._request(probe, at))
+        try:
+            async for event in stream:
+                if isinstance(event, Failed):
+                    raise _meaning_of(event.error)
+                if isinstance(event, Delta):
+                    for logprob in event.logprobs:
+                        yield logprob
+        finally:
+            stream.cancel()
+
+    def _request(self, probe: Probe, at: int) -> Request:
+        known = tuple(step.token_id for step in probe.steps[:at])
+        return Request(
+            request_id=f"canary-{self._identity.digest[-12:]}",
+            prompt_token_ids=probe.prompt_token_ids + known,
+            sampling=SamplingParams(
+                max_new_tokens=len(probe.steps) - at, ignore_eos=True, logprobs=MAX_ALTERNATIVES
+            ),
+            adapter=self._identity,
+            priority=-MAX_PRIORITY,
+            cache_salt=self._salt,
+            deadline_s=self._deadline_s,
+        )
+
+
+def _meaning_of(error: Exception) -> Exception:
+    if isinstance(error, RequestFailedError):
+        return CanaryMismatchError(f"it cannot answer its canary: {error}; train it again")
+    if isinstance(error, AdapterLoadError) and isinstance(error.cause, AdapterError):
+        return error.cause
+    return error
