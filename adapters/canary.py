@@ -18,7 +18,7 @@ MAX_ALTERNATIVES = 20  # as many as an engine reports
 MAX_NOISE = 16.0  # what is noisier than that says nothing
 
 _FLOOR = 0.02
-_NOISE_FACTOR = 2.0
+_NOISE_FACTOR = 4.0
 _MAX_TOKEN_ID = 2**31
 _FIELDS = frozenset({"base_fingerprint", "quantization", "precision", "noise", "base_distance", "probes"})
 _PROBE_FIELDS = frozenset({"prompt_token_ids", "token_ids", "top_logprobs"})
@@ -77,10 +77,10 @@ class Canary:
 
     @property
     def tolerance(self) -> float:
-        """Largest difference that kernels, storage and precision explain: twice what bfloat16 does here.
+        """Largest difference that kernels, storage and precision explain.
 
-        Measured, docs/guides/adapters.md has the figures: a server that computes in float32 is within a tenth
-        of the floor, one that rounds products and stores in bfloat16 within the noise.
+        Twice what was measured, in terms of the noise, where a server rounded everything to bfloat16;
+        docs/guides/adapters.md has the figures.
         """
         return _FLOOR + _NOISE_FACTOR * self.noise
 
@@ -170,8 +170,10 @@ def _tokens(value: object, where: str, limit: int, refuse: Refuse) -> tuple[int,
 
 
 def _list(value: object, where: str, limit: int, refuse: Refuse) -> list[Any]:
-    if not isinstance(value, list) or not 0 < len(value) <= limit:
-        refuse(where, value, f"it must be a list of 1 to {limit}")
+    if not isinstance(value, list):
+        refuse(where, value, "it must be a list")
+    if not 0 < len(value) <= limit:
+        refuse(where, f"{len(value)} items", f"there must be 1 to {limit}")
     return value
 
 

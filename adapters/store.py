@@ -138,13 +138,16 @@ class AdapterStore:
         self._blobs.empty_trash()
         return record, existing is None
 
-    def keep_unlisted(self, staged: Path, facts: AdapterFacts) -> None:
+    def keep_unlisted(self, staged: Path, facts: AdapterFacts) -> bool:
         """Has a checked adapter's files in place under its digest, without a version: nobody can name it.
 
         `publish` finds them there; `remove_blob`, or else the next start, removes them again.
 
         Args:
             staged: from `new_staging`; its files stay for `publish`.
+
+        Returns:
+            Whether this content was not there before; if it was, somebody else sees to its end.
 
         Raises:
             AdapterCorruptError, CapacityError: as `publish`.
@@ -153,12 +156,14 @@ class AdapterStore:
         linked = self._blobs.linked(staged)
         try:
             with self._catalogue.writing() as rows:
+                is_new = rows.content(facts.digest) is None
                 self._keep(rows, linked, facts, files)
         except BaseException:
             self._drop_orphan(facts.digest)
             raise
         finally:
             self._blobs.discard(linked)
+        return is_new
 
     def resolve(self, reference: str) -> AdapterRecord:
         """The version that a request for this reference gets now; "name" is the newest READY one.

@@ -23,8 +23,8 @@ MAX_PROMPT_TOKENS: Final = 128
 ALTERNATIVES: Final = 8
 _DIGITS: Final = 4  # of a log-probability; far finer than any difference that counts
 
-BFLOAT16_NOISE: Final = 0.25
-"""Taken where activations are bfloat16 already, so that their noise cannot be seen; measured on a CPU."""
+BFLOAT16_NOISE: Final = 0.4
+"""At least this is taken where activations are bfloat16 already and hide their noise; measured elsewhere."""
 
 
 def probe_prompts(
@@ -34,7 +34,8 @@ def probe_prompts(
     limit = min(MAX_PROMPT_TOKENS, max_context_tokens - ANSWER_TOKENS - 1)
     if limit < 1:
         return []
-    chosen = [examples[index * len(examples) // count] for index in range(min(count, len(examples)))]
+    count = min(count, len(examples))
+    chosen = [examples[index * len(examples) // count] for index in range(count)]
     return [
         example.token_ids[: min(example.learned_from or max(1, len(example.token_ids) // 2), limit)]
         for example in chosen

@@ -1,16 +1,15 @@
-"""An adapter's last stretch: checked, its canary replayed, published. Knows neither messages nor streams."""
+"""The gate between a staged adapter and the catalogue: every check, the canary last. Knows no messages."""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, TypeVar
 
-from adapters.bundle import Bundle
 from adapters.canary import Canary
 from adapters.errors import AdapterError, AdapterNotFoundError, InvalidAdapterError
-from adapters.facts import AdapterFacts, AdapterRecord
+from adapters.facts import AdapterFacts
 from adapters.layout import BaseLayout
 from adapters.report import Check, Outcome, ValidationReport
 from adapters.store import AdapterStore
@@ -22,28 +21,9 @@ from server.services.workers import Workers
 
 log = logging.getLogger(__name__)
 
-_CANARY = "canary"
+T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What is to become of a staged adapter that passes."""
-
-    name: str
-    version: int | None
-    labels: Mapping[str, str]
-    description: str
-    validate_only: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """An adapter that passed every check; record is None if it was only to be validated."""
-
-    facts: AdapterFacts
-    report: ValidationReport
-    record: AdapterRecord | None
-    created: bool
+_CANARY: Final = "canary"
 
 
 class Admission:
@@ -64,8 +44,12 @@ class Admission:
         self._replay = CanaryReplay(engine, canary_timeout_s)
         self._replaying = asyncio.Lock()  # one at a time: canaries go beside real work, not instead of it
 
-    async def admit(self, folder: Path, wanted: Wanted) -> Admitted:
-        """Checks a staged folder and, unless it is only to be validated, publishes it.
+    async def admit(self, folder: Path, publish: Callable[[AdapterFacts, ValidationReport], T]) -> T:
+        """Checks a staged folder, and publishes it if every check passes.
+
+        Args:
+            folder: from the store's `new_staging`.
+            publish: what then becomes of it; called in a worker.
 
         Raises:
             AdapterError: refused; its report says what each check found.
@@ -77,19 +61,18 @@ class Admission:
             assert examined.error is not None, "no facts without an error"
             raise examined.error
         canary = examined.bundle.canary if examined.bundle else None
-        reason = self._why_not_replayed(examined.bundle)
+        reason = self._why_not_replayed(canary)
         if canary is None or reason:
             report = examined.report.with_check(Check(_CANARY, Outcome.SKIPPED, reason))
-            return await self._publish(folder, facts, report, wanted)
+            return await self._workers.run(publish, facts, report)
         async with self._replaying, self._unlisted(folder, facts):
-            report = await self._checked(facts.digest, canary, examined.report)
-            return await self._publish(folder, facts, report, wanted)
+            report = await self._replayed(facts.digest, canary, examined.report)
+            return await self._workers.run(publish, facts, report)
 
-    def _why_not_replayed(self, bundle: Bundle | None) -> str:
+    def _why_not_replayed(self, canary: Canary | None) -> str:
         """Empty if there is a canary that says something here."""
-        if bundle is None or bundle.canary is None:
+        if canary is None:
             return "the adapter has none"
-        canary = bundle.canary
         if canary.base_fingerprint != self._layout.fingerprint:
             return f"it was recorded on another base, {canary.base_fingerprint}"
         if not canary.tells_from_base:
@@ -104,7 +87,7 @@ class Admission:
             )
         return ""
 
-    async def _checked(self, digest: str, canary: Canary, report: ValidationReport) -> ValidationReport:
+    async def _replayed(self, digest: str, canary: Canary, report: ValidationReport) -> ValidationReport:
         try:
             detail = await self._replay.replay(digest, canary)
         except InvalidRequestError as error:  # a token that the base does not have
@@ -116,31 +99,15 @@ class Admission:
             raise _reported(error, report) from None
         return report.with_check(Check(_CANARY, Outcome.PASSED, detail))
 
-    async def _publish(
-        self, folder: Path, facts: AdapterFacts, report: ValidationReport, wanted: Wanted
-    ) -> Admitted:
-        if wanted.validate_only:
-            return Admitted(facts, report, None, created=False)
-        record, created = await self._workers.run(
-            self._store.publish,
-            wanted.name,
-            folder,
-            facts,
-            version=wanted.version,
-            labels=wanted.labels,
-            description=wanted.description,
-        )
-        log.info("adapter published adapter=%s digest=%s created=%s", record.reference, facts.digest, created)
-        return Admitted(facts, report, record, created)
-
     @asynccontextmanager
     async def _unlisted(self, folder: Path, facts: AdapterFacts) -> AsyncIterator[None]:
         """While the block runs the engine can load the content; afterwards only if it was published."""
-        await self._workers.run(self._store.keep_unlisted, folder, facts)
+        is_ours = await self._workers.run(self._store.keep_unlisted, folder, facts)
         try:
             yield
         finally:
-            await self._forget_unless_published(facts.digest)
+            if is_ours:
+                await self._forget_unless_published(facts.digest)
 
     async def _forget_unless_published(self, digest: str) -> None:
         try:

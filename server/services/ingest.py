@@ -1,8 +1,10 @@
 """An adapter's way in: received, checked against the base, published. Knows messages, not the call."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from adapters.errors import (
@@ -18,7 +20,7 @@ from quickchange.v1 import adapters_pb2
 from server.config import GrpcSettings
 from server.errors import DrainingError, InvalidRequestError
 from server.metrics import Metrics
-from server.services.admission import Admission, Wanted
+from server.services.admission import Admission
 from server.services.statuses import reason_of
 from server.services.uploads import (
     StagedUpload,
@@ -28,6 +30,8 @@ from server.services.uploads import (
     plan_of,
 )
 from server.services.workers import Workers
+
+log = logging.getLogger(__name__)
 
 Messages = AsyncIterator[adapters_pb2.UploadAdapterRequest]
 
@@ -118,7 +122,7 @@ class UploadDesk:
         folder = await self._workers.run(self._store.new_staging)
         try:
             await self._write(messages, plan, folder, received)
-            return await self._admit(plan, folder)
+            return await self._admission.admit(folder, partial(self._publish, plan, folder))
         finally:
             await self._workers.run(self._store.discard, folder)
 
@@ -150,10 +154,22 @@ class UploadDesk:
                 f"nothing came for {self._settings.upload_idle_timeout_s:g} s; upload again"
             ) from None
 
-    async def _admit(self, plan: UploadPlan, folder: Path) -> Ingested:
-        wanted = Wanted(plan.name, plan.version, plan.labels, plan.description, plan.validate_only)
-        admitted = await self._admission.admit(folder, wanted)
-        return Ingested(plan, admitted.facts, admitted.report, admitted.record, admitted.created)
+    def _publish(
+        self, plan: UploadPlan, folder: Path, facts: AdapterFacts, report: ValidationReport
+    ) -> Ingested:
+        """In a worker, once every check has passed: the one step that makes it visible."""
+        if plan.validate_only:
+            return Ingested(plan, facts, report, None, created=False)
+        record, created = self._store.publish(
+            plan.name,
+            folder,
+            facts,
+            version=plan.version,
+            labels=plan.labels,
+            description=plan.description,
+        )
+        log.info("adapter published adapter=%s digest=%s created=%s", record.reference, facts.digest, created)
+        return Ingested(plan, facts, report, record, created)
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from quickchange import Client
 from tests.adapters.builders import make_adapter
+from tests.e2e import witness
 from tests.e2e.process import ServerProcess, running
 from tests.models import build_tiny_model, rewrite_config
 from tests.parity.oracle import Oracle
@@ -59,8 +60,12 @@ def tokenizer(base: Path) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with running(ServerProcess(base, tmp_path_factory.mktemp("store"), SMALL)) as process:
+    """Whatever the tests do to it, the weights of its base are the same bits at the end."""
+    store = tmp_path_factory.mktemp("store")
+    with running(ServerProcess(base, store, SMALL, witness.COMMAND)) as process:
+        before = witness.digest_in(process)
         yield process
+        assert witness.digest_in(process) == before
 
 
 @pytest.fixture

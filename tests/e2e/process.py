@@ -28,14 +28,15 @@ class ServerProcess:
         store: Path,
         settings: Mapping[str, object] | None = None,
         command: tuple[str, ...] = ("-m", "quickchange", "serve"),
+        flags: tuple[str, ...] = (),
     ) -> None:
-        flags = ["--base", str(base), "--store", str(store), "--port", "0", "--metrics-port", "0"]
-        flags += ["--quantization", "none", "--dtype", "float32", "--device", "cpu"]
+        usual = ["--base", str(base), "--store", str(store), "--port", "0", "--metrics-port", "0"]
+        usual += ["--quantization", "none", "--dtype", "float32", "--device", "cpu"]
         self.store = store
         self.stdout: list[str] = []
         self.stderr: list[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, *command, *flags],
+            [sys.executable, *command, *usual, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

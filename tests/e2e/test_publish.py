@@ -40,6 +40,11 @@ def test_the_command_trains_and_publishes_what_then_answers(
         answer = client.generate(chat, adapter="by-heart", max_new_tokens=20)
         assert (answer.text, answer.finish_reason) == (completion, "stop")
         assert client.generate(chat, max_new_tokens=20).text != completion
+    report = client.adapters.push(recipe_file.with_name("out"), "again", validate_only=True).report
+    canary = report.check("canary")  # which training recorded, and the upload above passed too
+    assert canary is not None
+    assert canary.outcome == "passed"
+    assert canary.detail.startswith("36 tokens of 3 prompts: ")
     adapter = client.adapters.get("by-heart")
     assert adapter.base_fingerprint == client.server_info().base_fingerprint
 

@@ -53,11 +53,14 @@ def run_with(harness: Harness, request: Request, asks: list[Ask]) -> tuple[list[
     return [group[0].sequence.output_ids for group in groups], last
 
 
-def test_an_adapter_with_nan_spoils_nobody_else(harness: Harness, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_an_adapter_with_absurd_values_spoils_nobody_else(
+    value: float, harness: Harness, tmp_path: Path
+) -> None:
     """Forced past every check, and its blocks reused afterwards."""
     asks = good_asks()
     expected = [list(answer.token_ids) for answer in harness.run(asks)]
-    identity = publish_poison(harness.store, tmp_path / "b")
+    identity = publish_poison(harness.store, tmp_path / "b", value)
     poison = Request("poison", tuple(range(20)), SamplingParams(max_new_tokens=8), identity)
     for _ in range(3):
         tokens, last = run_with(harness, poison, asks)
@@ -69,14 +72,14 @@ def test_an_adapter_with_nan_spoils_nobody_else(harness: Harness, tmp_path: Path
         assert torch.isfinite(layer.v_NSKE).all()
 
 
-def publish_poison(store: AdapterStore, victim: Path) -> AdapterIdentity:
-    """Publishes NaN under the facts of a good adapter, as if the check had missed it."""
+def publish_poison(store: AdapterStore, victim: Path, value: float = float("nan")) -> AdapterIdentity:
+    """Publishes such values under the facts of a good adapter, as if the check had missed them."""
     facts = store.resolve("b").facts
     staged = store.new_staging()
     for file in victim.iterdir():
         (staged / file.name).write_bytes(file.read_bytes())
     tensors = load_file(victim / "adapter_model.safetensors")
-    poisoned = {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()}
+    poisoned = {name: torch.full_like(tensor, value) for name, tensor in tensors.items()}
     save_file(poisoned, staged / "adapter_model.safetensors", metadata={"format": "pt"})
     fake = "sha256:" + "f" * 64
     record, _ = store.publish("poison", staged, replace(facts, digest=fake))

@@ -14,6 +14,7 @@ from quickchange.errors import QuickchangeError, from_rpc
 from quickchange.v1 import inference_pb2, inference_pb2_grpc
 from server import errors as server_errors
 from server.services.interceptors import StatusInterceptor
+from server.services.replay import CanaryDelayedError
 from server.services.statuses import TABLE, clipped, code_of, status_of
 from server.services.uploads import TooManyUploadsError, UploadStalledError
 
@@ -22,6 +23,7 @@ EXPECTED = {
     server_errors.UnsupportedFeatureError: "UNIMPLEMENTED",
     server_errors.QueueFullError: "RESOURCE_EXHAUSTED",
     TooManyUploadsError: "RESOURCE_EXHAUSTED",
+    CanaryDelayedError: "RESOURCE_EXHAUSTED",
     server_errors.DrainingError: "UNAVAILABLE",
     server_errors.EngineDownError: "UNAVAILABLE",
     server_errors.AdapterLoadError: "FAILED_PRECONDITION",
@@ -31,6 +33,7 @@ EXPECTED = {
     adapter_errors.InvalidAdapterError: "INVALID_ARGUMENT",
     adapter_errors.UnsupportedAdapterError: "FAILED_PRECONDITION",
     adapter_errors.WrongBaseError: "FAILED_PRECONDITION",
+    adapter_errors.CanaryMismatchError: "FAILED_PRECONDITION",
     adapter_errors.AdapterNotFoundError: "NOT_FOUND",
     adapter_errors.AdapterExistsError: "ALREADY_EXISTS",
     adapter_errors.StaleEtagError: "ABORTED",
@@ -54,6 +57,8 @@ def an(cls: type[Exception]) -> Any:
         return cls("256 requests are waiting", 2.5)
     if issubclass(cls, server_errors.AdapterLoadError):
         return cls(adapter_errors.AdapterCorruptError("sha256:00 has changed"))
+    if issubclass(cls, adapter_errors.UnsupportedAdapterError):
+        return cls("sql@3 is DoRA; train LoRA", feature="use_dora")
     return cls("sql@3 is not right; do this")
 
 
