@@ -6,10 +6,10 @@ R rank, D in-features, O out-features.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from adapters.bundle import Bundle
 from adapters.errors import InvalidAdapterError, raise_first
@@ -23,36 +23,63 @@ MAX_NORM = 1e9
 _DOMAIN = b"quickchange adapter 1\n"
 
 
-def content_digest(spec: AdapterSpec, bundle: Bundle | None, pairs: Mapping[str, LoraPair]) -> str:
-    """Hash of the canonical configuration, the bundle if there is one, and every tensor in order of name.
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """What an adapter amounts to.
 
-    The order of tensors in the file and whatever carries no meaning in the JSON are not part of it.
+    Attributes:
+        digest: "sha256:…" over the canonical configuration, the bundle if there is one, and every tensor in
+            order of name. The order of tensors in the file and whatever carries no meaning in the JSON are no
+            part of it.
+        norms: Frobenius norm of every module's update scaling · B @ A.
+        parameter_count: elements of all tensors.
     """
-    sha256 = hashlib.sha256(_DOMAIN)
-    sha256.update(_line([spec.canonical(), None if bundle is None else bundle.canonical()]))
-    for name, tensor in sorted(_named(pairs).items()):
-        sha256.update(_line([name, dtype_name(tensor), list(tensor.shape)]))
-        sha256.update(tensor.view(torch.uint8).numpy().data)
-    return f"sha256:{sha256.hexdigest()}"
+
+    digest: str
+    norms: Mapping[str, float]
+    parameter_count: int
+
+    @property
+    def delta_norm(self) -> float:
+        """Frobenius norm of all updates together."""
+        return math.hypot(*self.norms.values())
 
 
-def module_norms(pairs: Mapping[str, LoraPair], scalings: Mapping[str, float]) -> dict[str, float]:
-    """Frobenius norm of every module's update scaling · B @ A.
+def in_digest_order(modules: Iterable[str]) -> list[str]:
+    """The order of their tensors' names, in which they are hashed."""
+    return sorted(modules, key=lambda module: tensor_name(module, "A"))
+
+
+def measure(
+    spec: AdapterSpec,
+    bundle: Bundle | None,
+    scalings: Mapping[str, float],
+    pairs: Iterable[tuple[str, LoraPair]],
+) -> Measures:
+    """Looks at every pair once, and keeps none.
+
+    Args:
+        scalings: by module.
+        pairs: every module's, `in_digest_order`.
 
     Raises:
         InvalidAdapterError: reason NOT_FINITE, TOO_LARGE (naming every such tensor or module), or ALL_ZERO.
     """
-    raise_first(
-        InvalidAdapterError(
-            f"tensor {name} has NaN or infinite values; retrain with a lower learning rate",
-            reason="NOT_FINITE",
-        )
-        for name, tensor in _named(pairs).items()
-        if not torch.isfinite(tensor).all()
-    )
+    sha256 = hashlib.sha256(_DOMAIN)
+    sha256.update(_line([spec.canonical(), None if bundle is None else bundle.canonical()]))
     norms: dict[str, float] = {}
     faults: list[InvalidAdapterError] = []
-    for module, pair in pairs.items():
+    count = 0
+    for module, pair in pairs:
+        tensors = {tensor_name(module, "A"): pair.a_RD, tensor_name(module, "B"): pair.b_OR}
+        for name, tensor in tensors.items():
+            sha256.update(_line([name, dtype_name(tensor), list(tensor.shape)]))
+            sha256.update(tensor.view(torch.uint8).numpy().data)
+            count += tensor.numel()
+        found = [_not_finite(name) for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        if found:
+            faults += found
+            continue
         try:
             norms[module] = _module_norm(module, pair, scalings[module])
         except InvalidAdapterError as fault:
@@ -63,12 +90,13 @@ def module_norms(pairs: Mapping[str, LoraPair], scalings: Mapping[str, float]) -
             "every update is zero, so the adapter would do nothing; was it saved before it was trained?",
             reason="ALL_ZERO",
         )
-    return norms
+    return Measures(f"sha256:{sha256.hexdigest()}", norms, count)
 
 
-def delta_norm(norms: Mapping[str, float]) -> float:
-    """Frobenius norm of all updates together."""
-    return math.hypot(*norms.values())
+def _not_finite(name: str) -> InvalidAdapterError:
+    return InvalidAdapterError(
+        f"tensor {name} has NaN or infinite values; retrain with a lower learning rate", reason="NOT_FINITE"
+    )
 
 
 def _module_norm(module: str, pair: LoraPair, scaling: float) -> float:
@@ -84,14 +112,6 @@ def _module_norm(module: str, pair: LoraPair, scaling: float) -> float:
             reason="TOO_LARGE",
         )
     return norm
-
-
-def _named(pairs: Mapping[str, LoraPair]) -> dict[str, Tensor]:
-    named: dict[str, Tensor] = {}
-    for module, pair in pairs.items():
-        named[tensor_name(module, "A")] = pair.a_RD
-        named[tensor_name(module, "B")] = pair.b_OR
-    return named
 
 
 def _line(value: object) -> bytes:

@@ -1,6 +1,7 @@
 """The checks an adapter passes before anyone may use it, cheapest first. Knows neither store nor model.
 
-Every check runs that can: a refusal names all that is wrong, not the first thing alone.
+Every check runs that can: a refusal names all that is wrong, not the first thing alone. Memory does not grow
+with the adapter: its factors are looked at one module after another.
 """
 
 import os
@@ -13,19 +14,11 @@ from adapters.errors import AdapterError, InvalidAdapterError, WrongBaseError, r
 from adapters.facts import AdapterFacts
 from adapters.files import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, read_bounded
 from adapters.layout import BaseLayout
-from adapters.measures import content_digest, delta_norm, module_norms
+from adapters.measures import Measures, in_digest_order, measure
 from adapters.report import MAX_LISTED, Check, ModuleUpdate, Outcome, ValidationReport
 from adapters.spec import MAX_CONFIG_BYTES, AdapterSpec, parse_spec
 from adapters.strict_json import brief
-from adapters.weights import (
-    LoraPair,
-    TensorInfo,
-    check_tensors,
-    dtype_name,
-    expected_tensors,
-    load_pairs,
-    read_header,
-)
+from adapters.weights import TensorInfo, check_tensors, expected_tensors, read_header, read_pairs
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _MAX_SHOWN_CHARS = 160
@@ -80,7 +73,7 @@ class _Examiner:
 
     _spec: AdapterSpec
     _header: Mapping[str, TensorInfo]
-    _pairs: Mapping[str, LoraPair]
+    _measures: Measures
 
     def __init__(self, directory: Path, layout: BaseLayout, max_rank: int) -> None:
         self._directory, self._layout, self._max_rank = directory, layout, max_rank
@@ -191,21 +184,25 @@ class _Examiner:
         return f"all {len(expected)}, of the right shapes"
 
     def _check_values(self) -> str:
-        self._pairs = load_pairs(self._directory / WEIGHTS_FILE, self._spec, self._layout)
         modules = self._report.modules
-        norms = module_norms(self._pairs, {module.module: module.scaling for module in modules})
+        names = in_digest_order(module.module for module in modules)
+        self._measures = measure(
+            self._spec,
+            self._bundle,
+            {module.module: module.scaling for module in modules},
+            read_pairs(self._directory / WEIGHTS_FILE, self._header, names),
+        )
         self._report = replace(
             self._report,
-            modules=tuple(replace(module, norm=norms[module.module]) for module in modules),
-            delta_norm=delta_norm(norms),
+            modules=tuple(replace(module, norm=self._measures.norms[module.module]) for module in modules),
+            delta_norm=self._measures.delta_norm,
         )
-        return f"finite, |ΔW| {self._report.delta_norm:.4g}"
+        return f"finite, |ΔW| {self._measures.delta_norm:.4g}"
 
     def _facts(self) -> AdapterFacts:
-        report, pairs = self._report, self._pairs
-        assert report.delta_norm is not None, "the values were looked at"
+        report, measures = self._report, self._measures
         return AdapterFacts(
-            digest=content_digest(self._spec, self._bundle, pairs),
+            digest=measures.digest,
             method=self._spec.method,
             rank=report.rank,
             alpha=self._spec.alpha,
@@ -215,11 +212,9 @@ class _Examiner:
             ),
             base_fingerprint=self._layout.fingerprint,
             matched_modules=tuple(module.module for module in report.modules),
-            delta_norm=report.delta_norm,
-            dtype="+".join(
-                sorted({dtype_name(t) for pair in pairs.values() for t in (pair.a_RD, pair.b_OR)})
-            ),
-            parameter_count=sum(pair.a_RD.numel() + pair.b_OR.numel() for pair in pairs.values()),
+            delta_norm=measures.delta_norm,
+            dtype=report.dtype,
+            parameter_count=measures.parameter_count,
         )
 
 

@@ -5,7 +5,7 @@ Knows which tensors an adapter must have, not what is done with them. R rank, D 
 
 import io
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -88,6 +88,23 @@ def load_pairs(path: Path, spec: AdapterSpec, layout: BaseLayout) -> dict[str, L
         module: LoraPair(a_RD=tensors[tensor_name(module, "A")], b_OR=tensors[tensor_name(module, "B")])
         for module in ranks
     }
+
+
+def read_pairs(
+    path: Path, header: Mapping[str, TensorInfo], modules: Iterable[str]
+) -> Iterator[tuple[str, LoraPair]]:
+    """The factors of one module after another, each read when it is its turn: only one is in memory.
+
+    Args:
+        header: of this file, with the tensors of all these modules in it: `check_tensors` passed.
+
+    Raises:
+        AdapterCorruptError: the file changed while it was read.
+    """
+    with open_regular(path) as file:
+        for module in modules:
+            a_RD, b_OR = (_read_tensor(file, header[tensor_name(module, factor)]) for factor in "AB")
+            yield module, LoraPair(a_RD=a_RD, b_OR=b_OR)
 
 
 def expected_tensors(
@@ -234,12 +251,21 @@ def _read_tensors(file: io.BufferedReader, header: Mapping[str, TensorInfo]) -> 
     """All tensors by name, in one piece of memory that is read at once."""
     in_order = sorted(header.items(), key=lambda item: (item[1].offset, item[1].size_bytes))
     sizes = [info.size_bytes for _, info in in_order]  # no gaps between them: the header was checked
-    memory = empty(sum(sizes), torch.uint8, torch.device("cpu"))
-    file.seek(in_order[0][1].offset if in_order else 0)
-    if file.readinto(memory.numpy().data) != len(memory):
-        raise AdapterCorruptError(f"{WEIGHTS_FILE} became shorter while it was read; publish it again")
+    memory = _read_bytes(file, in_order[0][1].offset if in_order else 0, sum(sizes))
     pieces = torch.split(memory, sizes)
     return {name: _typed(piece, info) for (name, info), piece in zip(in_order, pieces, strict=True)}
+
+
+def _read_tensor(file: io.BufferedReader, info: TensorInfo) -> Tensor:
+    return _typed(_read_bytes(file, info.offset, info.size_bytes), info)
+
+
+def _read_bytes(file: io.BufferedReader, offset: int, count: int) -> Tensor:
+    memory = empty(count, torch.uint8, torch.device("cpu"))
+    file.seek(offset)
+    if file.readinto(memory.numpy().data) != count:
+        raise AdapterCorruptError(f"{WEIGHTS_FILE} became shorter while it was read; publish it again")
+    return memory
 
 
 def _typed(piece: Tensor, info: TensorInfo) -> Tensor:

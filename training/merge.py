@@ -25,7 +25,7 @@ from adapters.bundle import Bundle, read_bundle
 from adapters.cache import publish_folder
 from adapters.errors import InvalidAdapterError, WrongBaseError
 from adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_bounded
-from adapters.measures import content_digest, delta_norm, module_norms
+from adapters.measures import in_digest_order, measure
 from adapters.quantize import progress_bars
 from adapters.spec import MAX_CONFIG_BYTES, AdapterSpec, parse_spec
 from adapters.weights import LoraPair, load_pairs
@@ -81,14 +81,15 @@ def merge_adapter(
     base = dequantized_base(base_source, quantization=quantization, cache_dir=cache_dir, progress=progress)
     spec, bundle, pairs = _read_adapter(adapter_dir, base)
     scalings = {module: scaling for module, (_, scaling) in spec.ranks_and_scalings(base.layout).items()}
+    measures = measure(spec, bundle, scalings, ((name, pairs[name]) for name in in_digest_order(pairs)))
     report = MergeReport(
         folder=out_dir,
         base=base.name,
         base_fingerprint=base.fingerprint,
-        adapter_digest=content_digest(spec, bundle, pairs),
+        adapter_digest=measures.digest,
         dtype=dtype,
         modules=len(pairs),
-        delta_norm=delta_norm(module_norms(pairs, scalings)),
+        delta_norm=measures.delta_norm,
     )
     fold(base, pairs, scalings)
     out_dir.parent.mkdir(parents=True, exist_ok=True)

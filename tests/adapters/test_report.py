@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from transformers import PreTrainedModel
 from adapters.bundle import Bundle
 from adapters.errors import AdapterError, WrongBaseError
 from adapters.files import BUNDLE_FILE, CONFIG_FILE, WEIGHTS_FILE
-from adapters.layout import BaseLayout
+from adapters.layout import BaseLayout, ModuleShape
 from adapters.report import MAX_LISTED, Outcome
 from adapters.validate import Examination, examine_adapter, validate_adapter
-from tests.adapters.builders import FINGERPRINT, make_adapter
+from tests.adapters.builders import FINGERPRINT, config_of, make_adapter
 
 ALL = ("files", "configuration", "manifest", "base", "modules", "ranks", "header", "tensors", "values")
 
@@ -139,3 +140,33 @@ def test_names_that_do_not_print_are_shown_as_escapes(adapter: Path, layout: Bas
     report = examine_adapter(adapter, layout, max_rank=64).report
     assert report.unmatched_tensor_count == 2
     assert all(name.isprintable() and len(name) < 200 for name in report.unmatched_tensors)
+
+
+def test_a_large_adapter_is_checked_in_little_memory(tmp_path: Path) -> None:
+    """128 MiB of factors; the largest pair has 2."""
+    modules = {f"model.layers.{i}.up": ModuleShape(2048, 2048) for i in range(64)}
+    layout = BaseLayout(modules, None, FINGERPRINT)
+    (tmp_path / CONFIG_FILE).write_bytes(config_of(r=128, target_modules=["up"]))
+    values = torch.randn(128, 2048).numpy().tobytes()
+    header: dict[str, Any] = {}
+    for index, (module, factor) in enumerate((module, factor) for module in modules for factor in "AB"):
+        header[f"base_model.model.{module}.lora_{factor}.weight"] = {
+            "dtype": "F32",
+            "shape": [128, 2048] if factor == "A" else [2048, 128],
+            "data_offsets": [index * len(values), (index + 1) * len(values)],
+        }
+    raw = json.dumps(header).encode()
+    with (tmp_path / WEIGHTS_FILE).open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for _ in header:
+            file.write(values)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
+    before_kib = _status("VmHWM")
+    facts = validate_adapter(tmp_path, layout, max_rank=256)
+    assert facts.parameter_count == 64 * 2 * 128 * 2048
+    assert _status("VmHWM") - before_kib < 48 * 1024
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
