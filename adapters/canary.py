@@ -15,7 +15,7 @@ MAX_PROBES = 16
 MAX_PROMPT_TOKENS = 1024
 MAX_STEPS = 64
 MAX_ALTERNATIVES = 20  # as many as an engine reports
-MAX_NOISE = 16.0  # what is noisier than that says nothing
+MAX_NOISE = 2.0  # what is noisier than that says nothing
 
 _FLOOR = 0.02
 _NOISE_FACTOR = 4.0

@@ -6,6 +6,8 @@ rounding alone moves an answer, and without the adapter, to see that the probes 
 T tokens of prompt and answer, N tokens of the answer, V vocabulary.
 """
 
+import logging
+import math
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -14,9 +16,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from adapters.base import Base
-from adapters.canary import Canary, Probe, Step
+from adapters.canary import MAX_NOISE, Canary, Probe, Step
 from training.data import Example
 from training.qlora import products_in
+
+log = logging.getLogger(__name__)
 
 ANSWER_TOKENS: Final = 12
 MAX_PROMPT_TOKENS: Final = 128
@@ -43,7 +47,7 @@ def probe_prompts(
 
 
 def record_canary(model: PeftModel, base: Base, prompts: Sequence[tuple[int, ...]]) -> Canary | None:
-    """What the adapter on the model answers to the prompts; None if there are none.
+    """What the adapter on the model answers to the prompts; None if there are none, or it is all noise.
 
     Args:
         model: the base with the trained adapter; left in evaluation mode.
@@ -58,12 +62,16 @@ def record_canary(model: PeftModel, base: Base, prompts: Sequence[tuple[int, ...
         noise = _noise(model, base, prompts, answers, reference)
         with model.disable_adapter():
             bare = [_logprobs(model, base, *pair) for pair in zip(prompts, answers, strict=True)]
+    distance = _distance(reference, bare)
+    if not (noise <= MAX_NOISE and math.isfinite(distance)):  # NaN fails too
+        log.warning("the adapter's answers move by %g with rounding alone: no canary is recorded", noise)
+        return None
     return Canary(
         base_fingerprint=base.fingerprint,
         quantization=base.quantization,
         precision=str(base.dtype).removeprefix("torch."),
         noise=round(noise, _DIGITS),
-        base_distance=round(_distance(reference, bare), _DIGITS),
+        base_distance=round(distance, _DIGITS),
         probes=tuple(
             _probe(prompt, answer, logprobs_NV)
             for prompt, answer, logprobs_NV in zip(prompts, answers, reference, strict=True)

@@ -64,6 +64,7 @@ _FLAGS = (
     _Flag("products", str, "TYPE", "of the frozen layers: auto, bfloat16 or float32 (auto)"),
     _Flag("eval_fraction", float, "P", "part of the rows that is held out (0)"),
     _Flag("evals_per_epoch", int, "N", "how often their loss is measured (1)"),
+    _Flag("canary_probes", int, "N", "prompts of the data that travel with the adapter (3)"),
     _Flag("seed", int, "N", "of weights, split and order (0)"),
     _Flag("device", str, "NAME", "auto, cpu or cuda (auto)"),
     _Flag("publish", str, "HOST:PORT", "upload the adapter to this server"),

@@ -15,6 +15,7 @@ from adapters.bundle import Bundle
 from quickchange import (
     CheckOutcome,
     Client,
+    DeadlineExceededError,
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
@@ -209,7 +210,7 @@ def test_a_busy_server_keeps_its_requests_and_asks_to_come_back(
     own_server: Callable[..., ServerProcess], adapters: Mapping[str, Path], with_canaries: Mapping[str, Path]
 ) -> None:
     """All places are taken for longer than a replay may take: nothing is published, nobody is held up."""
-    server = own_server(engine__max_running_requests=2, grpc__canary_timeout_s=0.5)
+    server = own_server(engine__max_running_requests=2, grpc__canary_timeout_s=3)
     with server.client() as client, ExitStack() as streams:
         client.adapters.push(adapters["b"], "b")
         before = contents(server.store)
@@ -220,6 +221,9 @@ def test_a_busy_server_keeps_its_requests_and_asks_to_come_back(
         ]
         for stream in busy:
             assert isinstance(next(stream), Started)
+        with pytest.raises(DeadlineExceededError):
+            client.adapters.push(with_canaries["a"], "late", timeout_s=1)  # gives up in the middle
+        eventually(lambda: contents(server.store) == before)
         with pytest.raises(ResourceExhaustedError) as caught:
             client.adapters.push(with_canaries["a"], "late")
         assert caught.value.reason == "CANARY_NOT_REPLAYED"

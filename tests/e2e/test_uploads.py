@@ -14,7 +14,6 @@ import google_crc32c
 import grpc
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from quickchange import (
     AdapterState,
@@ -32,6 +31,7 @@ from quickchange import (
 from quickchange.errors import from_rpc
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 from tests.e2e.process import ServerProcess, eventually
+from tests.e2e.spoiling import with_config, with_tensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -163,18 +163,6 @@ def test_validate_only_publishes_nothing(client: Client, copy: Path) -> None:
 
 
 # What is wrong with the adapter itself
-
-
-def with_config(folder: Path, **changes: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def with_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
 
 
 def spoil_shape(tensors: dict[str, torch.Tensor]) -> None:

@@ -59,6 +59,17 @@ def test_a_run_leaves_what_its_adapter_answers(base: Base, recipe: Recipe) -> No
                 assert row[token].item() == pytest.approx(logprob, abs=2e-3)
 
 
+def test_a_run_does_not_end_for_want_of_a_canary(
+    base: Base, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a manifest could not hold is left out, after hours of training."""
+    monkeypatch.setattr("training.canary.MAX_NOISE", 0.0)
+    train(recipe, base, progress=False)
+    bundle = read_bundle(recipe.out)
+    assert bundle is not None
+    assert bundle.canary is None
+
+
 def test_a_run_may_go_without(base: Base, recipe: Recipe) -> None:
     values = recipe.to_mapping() | {"canary_probes": 0}
     train(Recipe.from_mapping(values, source="test"), base, progress=False)
