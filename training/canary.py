@@ -111,13 +111,12 @@ def _logprobs(model: Any, base: Base, prompt: tuple[int, ...], answer: tuple[int
 
 
 def _distance(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Largest difference of the log-probability of a token that is kept."""
-    return max(
-        float((theirs_NV.gather(1, ids_NK) - values_NK).abs().max())
-        for (values_NK, ids_NK), theirs_NV in zip(
-            (logprobs_NV.topk(ALTERNATIVES) for logprobs_NV in reference), other, strict=True
-        )
-    )
+    """Largest difference of the log-probability of a token that is kept; NaN if any is."""
+    differences = []
+    for ours_NV, theirs_NV in zip(reference, other, strict=True):
+        values_NK, ids_NK = ours_NV.topk(ALTERNATIVES)
+        differences.append((theirs_NV.gather(1, ids_NK) - values_NK).abs().max())
+    return float(torch.stack(differences).max())
 
 
 def _probe(prompt: tuple[int, ...], answer: tuple[int, ...], logprobs_NV: Tensor) -> Probe:
