@@ -72,14 +72,19 @@ class BlobFolder:
             _sync_folder(staged)
         return files
 
+    def describe(self, staged: Path) -> tuple[StoredFile, ...]:
+        """What the files are, without sealing them."""
+        self._check_staged(staged)
+        with disk_errors():
+            return tuple(_describe(staged / name) for name in sorted(os.listdir(staged)))
+
     def linked(self, staged: Path) -> Path:
-        """Another staging folder with the same sealed files: links, which take no room."""
+        """Another staging folder with the same files: links, which take no room."""
         self._check_staged(staged)
         with disk_errors():
             folder = self.new_staging()
             for name in os.listdir(staged):
                 os.link(staged / name, folder / name, follow_symlinks=False)
-            _sync_folder(folder)
         return folder
 
     def install(self, staged: Path, digest: str) -> None:

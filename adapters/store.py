@@ -152,11 +152,14 @@ class AdapterStore:
         Raises:
             AdapterCorruptError, CapacityError: as `publish`.
         """
-        files = self._seal(staged, facts)
+        with self._catalogue.reading() as rows:
+            is_new = rows.content(facts.digest) is None
+        # What may have to replace damaged files of a published content is sealed. The rest lasts for moments,
+        # and whoever goes on with an upload that broke must be able to write to it.
+        files = self._checked(self._blobs.describe(staged), facts) if is_new else self._seal(staged, facts)
         linked = self._blobs.linked(staged)
         try:
             with self._catalogue.writing() as rows:
-                is_new = rows.content(facts.digest) is None
                 self._keep(rows, linked, facts, files)
         except BaseException:
             self._drop_orphan(facts.digest)
@@ -321,7 +324,9 @@ class AdapterStore:
             return find(rows, parsed)
 
     def _seal(self, staged: Path, facts: AdapterFacts) -> tuple[StoredFile, ...]:
-        files = self._blobs.seal(staged)
+        return self._checked(self._blobs.seal(staged), facts)
+
+    def _checked(self, files: tuple[StoredFile, ...], facts: AdapterFacts) -> tuple[StoredFile, ...]:
         if sum(file.size_bytes for file in files) != facts.size_bytes:
             raise AdapterCorruptError("the staged files changed after they were checked; upload them again")
         return files

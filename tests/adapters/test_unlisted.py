@@ -60,6 +60,24 @@ def test_what_somebody_has_published_stays_theirs(store: AdapterStore) -> None:
     store.verify(DIGEST)
 
 
+def test_until_it_is_published_its_files_may_be_written_by_who_uploads_them(store: AdapterStore) -> None:
+    staged = stage(store, "x")
+    store.keep_unlisted(staged, facts_of("x"))
+    assert (staged / WEIGHTS_FILE).stat().st_mode & 0o200
+    store.publish("sql", staged, facts_of("x"))
+    assert (store.path_of(DIGEST) / WEIGHTS_FILE).stat().st_mode & 0o777 == 0o400
+
+
+def test_it_replaces_damaged_files_of_what_is_published(store: AdapterStore) -> None:
+    publish(store, "sql", "x")
+    path = store.path_of(DIGEST) / WEIGHTS_FILE
+    path.unlink()
+    store.mark_failed(DIGEST, "its weights are gone")
+    assert not store.keep_unlisted(stage(store, "x"), facts_of("x"))
+    store.verify(DIGEST)
+    assert path.stat().st_mode & 0o777 == 0o400
+
+
 def test_files_that_changed_after_the_checks_are_not_taken(store: AdapterStore, root: Path) -> None:
     staged = stage(store, "x")
     (staged / WEIGHTS_FILE).write_text("longer")
