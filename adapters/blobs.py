@@ -3,6 +3,7 @@
 root/blobs/sha256/<64 hex>/   published files, never changed
 root/staging/<session>/…      what a living process is receiving or throwing away
 root/staging/<session>.lock   held while that process lives; staging of the dead is swept at the next start
+root/reading.lock             held while somebody reads the whole store; nothing is removed meanwhile
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from adapters.errors import (
@@ -26,6 +27,7 @@ from adapters.errors import (
 )
 from adapters.facts import StoredFile
 from adapters.files import ADAPTER_FILES, open_regular
+from adapters.leases import Lease, Leases, alone_with, sharing
 from adapters.names import check_digest
 from adapters.strict_json import brief
 
@@ -45,11 +47,14 @@ class BlobFolder:
         self._staging = root / "staging"
         for folder in (root / "blobs", self._blobs, self._staging):
             _make_folder(folder)
+        self._reading_lock = root / "reading.lock"
+        self._leases = Leases()
         self._session, self._lock = self._begin_session()
-        self._sweep()
+        self.sweep()
 
     def close(self) -> None:
-        """Ends the session; everything this process staged is removed."""
+        """Ends the session; everything this process staged is removed, and its leases end."""
+        self._leases.close()
         _remove(self._session)
         self._lock_path(self._session.name).unlink(missing_ok=True)
         os.close(self._lock)
@@ -89,10 +94,15 @@ class BlobFolder:
 
     def install(self, staged: Path, digest: str) -> None:
         """Moves a sealed folder into place, whole or not at all; what was there before is taken out."""
-        self._check_staged(staged)
+        self.install_all({digest: staged})
+
+    def install_all(self, staged: Mapping[str, Path]) -> None:
+        """The same for many folders, by digest."""
         with disk_errors():
-            self.take_out(digest)
-            staged.rename(self._place(digest))
+            for digest, folder in staged.items():
+                self._check_staged(folder)
+                self.take_out(digest)
+                folder.rename(self._place(digest))
             _sync_folder(self._blobs)
 
     def take_out(self, digest: str) -> None:
@@ -103,6 +113,22 @@ class BlobFolder:
         elif place.exists():
             place.rename(self._session / f"trash-{secrets.token_hex(8)}")
             _sync_folder(self._blobs)
+
+    def take_out_unused(self, digest: str) -> bool:
+        """Moves a blob out of sight unless somebody has a lease on it; whether it is out of sight."""
+        with alone_with(self._reading_lock) as nobody_reads, alone_with(self._place(digest)) as unused:
+            if not (nobody_reads and unused):
+                return False
+            self.take_out(digest)
+            return True
+
+    def hold(self, digest: str) -> Lease | None:
+        """Keeps a blob in place until the lease is released; None if it is not there."""
+        return self._leases.take(digest, self._place(digest))
+
+    def holding_all(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps every blob in place while the block runs."""
+        return sharing(self._reading_lock)
 
     def empty_trash(self) -> None:
         """Removes what was taken out by this process."""
@@ -149,6 +175,18 @@ class BlobFolder:
             if now != file:
                 raise _corrupt(digest, f"{file.name} has SHA-256 {now.sha256} instead of {file.sha256}")
 
+    def sweep(self) -> None:
+        """Removes every session whose lock can be had: its process is dead."""
+        names = {name.removesuffix(_LOCK_SUFFIX) for name in os.listdir(self._staging)}
+        for session in sorted(names - {self._session.name}):
+            if not _SESSION.fullmatch(session):
+                continue
+            lock = self._try_lock(session)
+            if lock is not None:
+                _remove(self._staging / session)
+                self._lock_path(session).unlink(missing_ok=True)
+                os.close(lock)
+
     def _place(self, digest: str) -> Path:
         return self._blobs / check_digest(digest).removeprefix("sha256:")
 
@@ -166,18 +204,6 @@ class BlobFolder:
             if lock is not None:
                 (self._staging / session).mkdir(mode=0o700)
                 return self._staging / session, lock
-
-    def _sweep(self) -> None:
-        """Removes every session whose lock can be had: its process is dead."""
-        names = {name.removesuffix(_LOCK_SUFFIX) for name in os.listdir(self._staging)}
-        for session in sorted(names - {self._session.name}):
-            if not _SESSION.fullmatch(session):
-                continue
-            lock = self._try_lock(session)
-            if lock is not None:
-                _remove(self._staging / session)
-                self._lock_path(session).unlink(missing_ok=True)
-                os.close(lock)
 
     def _try_lock(self, session: str) -> int | None:
         """The lock of a session, as a descriptor; None if a living process has it or just removed it."""

@@ -3,7 +3,6 @@
 import base64
 import json
 
-from adapters.catalogue import Rows
 from adapters.errors import (
     AdapterError,
     AdapterExistsError,
@@ -23,6 +22,7 @@ from adapters.names import (
     check_name,
     check_version,
 )
+from adapters.rows import Rows
 
 
 def find(rows: Rows, reference: Reference) -> AdapterRecord:

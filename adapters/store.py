@@ -2,19 +2,25 @@
 
 A publish becomes visible in one SQL transaction, after its files are durable and in place. So a process may
 be killed at any point: it leaves the old state or the new, and left-overs that the next start removes.
+
+Several processes of one machine may have a store open: SQLite puts their changes in order, and a content that
+one of them uses (`hold`) is not removed by another.
 """
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from adapters.blobs import BlobFolder, disk_errors
-from adapters.catalogue import Catalogue, Content, Transaction
+from adapters.catalogue import Catalogue
+from adapters.changes import ChangeLog
 from adapters.errors import AdapterCorruptError, AdapterError, InvalidAdapterError
 from adapters.facts import AdapterFacts, AdapterRecord, AdapterState, StoredFile
+from adapters.leases import Lease
 from adapters.lookup import (
     check_etag,
     doomed,
@@ -38,10 +44,15 @@ from adapters.names import (
     check_version,
     parse_reference,
 )
+from adapters.recovery import recover, remove_unused
+from adapters.retention import Collection, RetentionPolicy
+from adapters.retention import doomed as doomed_by
+from adapters.rows import Content, Entry, Transaction
 
 __all__ = ["AdapterFacts", "AdapterRecord", "AdapterState", "AdapterStore", "StoredFile"]
 
 MAX_PAGE_SIZE = 1000
+_HOLD_ATTEMPTS = 3
 _NOTHING: Mapping[str, str] = {}
 
 Digests = list[str]
@@ -63,10 +74,11 @@ class AdapterStore:
             self._blobs = BlobFolder(root)
         try:
             self._catalogue = Catalogue(root / "catalogue.sqlite3")
-            self._recover()
+            recover(self._catalogue, self._blobs)
         except BaseException:
             self._blobs.close()
             raise
+        self.changes = ChangeLog(self._catalogue)
 
     def __enter__(self) -> Self:
         return self
@@ -189,6 +201,20 @@ class AdapterStore:
             )
         return record
 
+    def hold(self, reference: str) -> tuple[AdapterRecord, Lease | None]:
+        """As `resolve`, and its files stay until the lease is released, whoever deletes the adapter.
+
+        Returns:
+            The lease is None if the files are not there; a load will say what is wrong with them.
+        """
+        for _ in range(_HOLD_ATTEMPTS):
+            record = self.resolve(reference)
+            lease = self._blobs.hold(record.facts.digest)
+            if lease is not None:
+                return record, lease
+            # Removed since it was resolved, or replaced by a sound copy: the catalogue says which.
+        return self.resolve(reference), None
+
     def get(self, reference: str) -> AdapterRecord:
         """The version a reference names, whatever its state; "name" is the newest. Errors as `resolve`."""
         return self._found(parse_reference(reference))
@@ -222,6 +248,17 @@ class AdapterStore:
         if len(found) <= limit:
             return found, ""
         return found[:limit], token_after(found[limit - 1])
+
+    def ready(self) -> Iterator[Entry]:
+        """Every READY version, by name and number, without what was found out about its tensors."""
+        after = ("", 0)
+        while True:
+            with self._catalogue.reading() as rows:  # a page at a time: others read in between
+                page = list(rows.entries(after=after, limit=MAX_PAGE_SIZE))
+            yield from (entry for entry in page if entry.state is AdapterState.READY)
+            if len(page) < MAX_PAGE_SIZE:
+                return
+            after = (page[-1].name, page[-1].version)
 
     def update(
         self,
@@ -280,16 +317,38 @@ class AdapterStore:
             digests = {record.facts.digest for record in records}
             return sorted(digest for digest in digests if not rows.is_referenced(digest))
 
-    def remove_blob(self, digest: str) -> None:
-        """Removes the files of a content that no version has; nothing happens if one has it again."""
+    def remove_blob(self, digest: str) -> bool:
+        """Removes the files of a content that no version has; nothing happens if one has it again.
+
+        Returns:
+            False if a process still uses them; they stay until this is called again, or a store is opened.
+        """
         check_digest(digest)
-        with self._catalogue.writing() as rows:
-            if rows.is_referenced(digest):
-                return
-            with disk_errors():
-                self._blobs.take_out(digest)
-            rows.drop_content(digest)
+        with disk_errors(), self._catalogue.writing() as rows:
+            removed = remove_unused(rows, self._blobs, digest)
         self._blobs.empty_trash()
+        return removed
+
+    def collect(self, policy: RetentionPolicy, *, dry_run: bool) -> Collection:
+        """Deletes the versions that a policy lets go, and removes what earlier deletions left.
+
+        As after `delete`, the files of contents that have no version any more stay until `remove_blob`.
+
+        Args:
+            dry_run: changes nothing, and tells what would go.
+        """
+        with self._catalogue.writing() as rows:
+            versions = doomed_by(rows.entries(), policy, time.time())
+            left_over_bytes = rows.unreferenced_bytes()
+            if not dry_run:
+                for version in versions:
+                    rows.remove_version(version.name, version.version)
+        return Collection(versions, left_over_bytes)
+
+    def recover(self) -> None:
+        """Marks what is damaged, and removes what ended processes left and what nobody uses any more."""
+        self._blobs.sweep()
+        recover(self._catalogue, self._blobs)
 
     def path_of(self, digest: str) -> Path:
         """The folder with a content's files, which never change; AdapterNotFoundError if there is none."""
@@ -352,23 +411,5 @@ class AdapterStore:
         """After a failed publish: its blob is of no use unless an earlier one is listed."""
         with contextlib.suppress(AdapterError, OSError), self._catalogue.writing() as rows:
             if rows.content(digest) is None:
-                self._blobs.take_out(digest)
-        self._blobs.empty_trash()
-
-    def _recover(self) -> None:
-        with disk_errors(), self._catalogue.writing() as rows:
-            listed = set()
-            for content in rows.contents():
-                digest = content.facts.digest
-                if not rows.is_referenced(digest):  # deleted, then the process ended before remove_blob
-                    rows.drop_content(digest)
-                    continue
-                listed.add(digest)
-                fault = self._blobs.fault_of(digest, content.files)
-                if fault and content.state is AdapterState.READY:
-                    rows.put_content(
-                        replace(content, state=AdapterState.FAILED, error=f"{fault}; publish it again")
-                    )
-            for digest in set(self._blobs.digests()) - listed:
                 self._blobs.take_out(digest)
         self._blobs.empty_trash()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.catalogue import Catalogue, Content
+from adapters.catalogue import Catalogue
 from adapters.errors import (
     AdapterCorruptError,
     AdapterExistsError,
@@ -17,6 +17,7 @@ from adapters.errors import (
 )
 from adapters.facts import AdapterState
 from adapters.files import BUNDLE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from adapters.rows import Content
 from adapters.store import AdapterStore
 from tests.adapters.staging import digest_of, facts_of, publish, references, snapshot, stage, staged_by_anyone
 
