@@ -1,17 +1,11 @@
 """What changed in a store, whichever process changed it. Knows no files and changes nothing."""
 
 from adapters.catalogue import Catalogue
-from adapters.errors import AdapterError
+from adapters.errors import ChangesLostError
 from adapters.facts import AdapterRecord
 from adapters.rows import Change
 
 PAGE = 100
-
-
-class ChangesLostError(AdapterError):
-    """Whoever follows the changes fell so far behind that some are not known any more."""
-
-    default_reason = "CHANGES_LOST"
 
 
 class ChangeLog:

@@ -10,6 +10,7 @@ AdapterError
 ├── StaleEtagError           changed since it was read
 ├── AdapterCorruptError      bytes on disk or on the wire are not what their checksum says
 ├── UploadOffsetError        a chunk is not where the upload stands
+├── ChangesLostError         whoever follows a store is too far behind
 └── CapacityError            no room (bytes, quota, disk)
 BaseModelError
 ├── BaseNotFoundError        the source is not there or cannot be read
@@ -104,6 +105,12 @@ class UploadOffsetError(AdapterError):
     """A chunk does not continue where the upload stands."""
 
     default_reason = "WRONG_OFFSET"
+
+
+class ChangesLostError(AdapterError):
+    """Whoever follows the changes of a store fell so far behind that some are not known any more."""
+
+    default_reason = "CHANGES_LOST"
 
 
 class CapacityError(AdapterError):

@@ -17,13 +17,9 @@ from pathlib import Path
 class Lease:
     """Keeps a blob's files in place until it is released."""
 
-    def __init__(self, release: Callable[[], None], again: Callable[[], "Lease"]) -> None:
-        self._release, self._again = release, again
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release = release
         self._released = False
-
-    def again(self) -> "Lease":
-        """Another one on the same files; to be had while this one lasts."""
-        return self._again()
 
     def release(self) -> None:
         """Gives it back; harmless to repeat."""
@@ -46,7 +42,7 @@ class Leases:
         self._lock = threading.Lock()
 
     def take(self, digest: str, folder: Path) -> Lease | None:
-        """A lease on a blob; None if its folder is not there."""
+        """A lease on a blob; None if its folder is not there. Touches no file while another one lasts."""
         with self._lock:
             held = self._held.get(digest)
             if held is None:
@@ -55,7 +51,7 @@ class Leases:
                     return None
                 held = self._held[digest] = _Held(descriptor, 0)
             held.count += 1
-        return Lease(lambda: self._give_back(digest), lambda: self._once_more(digest))
+        return Lease(lambda: self._give_back(digest))
 
     def close(self) -> None:
         """Gives every lease back."""
@@ -63,11 +59,6 @@ class Leases:
             for held in self._held.values():
                 os.close(held.descriptor)
             self._held.clear()
-
-    def _once_more(self, digest: str) -> Lease:
-        with self._lock:
-            self._held[digest].count += 1
-        return Lease(lambda: self._give_back(digest), lambda: self._once_more(digest))
 
     def _give_back(self, digest: str) -> None:
         with self._lock:

@@ -56,6 +56,7 @@ _HOLD_ATTEMPTS = 3
 _NOTHING: Mapping[str, str] = {}
 
 Digests = list[str]
+Records = list[AdapterRecord]
 Page = tuple[list[AdapterRecord], str]
 
 
@@ -215,9 +216,18 @@ class AdapterStore:
             # Removed since it was resolved, or replaced by a sound copy: the catalogue says which.
         return self.resolve(reference), None
 
+    def keep(self, digest: str) -> Lease | None:
+        """One more lease on a content; touches no file while another one lasts."""
+        return self._blobs.hold(digest)
+
     def get(self, reference: str) -> AdapterRecord:
         """The version a reference names, whatever its state; "name" is the newest. Errors as `resolve`."""
         return self._found(parse_reference(reference))
+
+    def versions(self, name: str) -> Records:
+        """Every version of a name, in order; none if there is no such name."""
+        with self._catalogue.reading() as rows:
+            return rows.versions(name)
 
     def facts_of(self, digest: str) -> AdapterFacts:
         """Facts of a content, as long as its files are there: also after its last version was deleted."""

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 
 from quickchange import answers, requests
-from quickchange.calls import Calls
+from quickchange.calls import Calls, ResponseStream
 from quickchange.download import Download
 from quickchange.progress import Progress, Report, reporting
-from quickchange.types import Adapter, AdapterState, PullResult, UploadResult
+from quickchange.types import Adapter, AdapterEvent, AdapterState, Collection, PullResult, UploadResult
 from quickchange.upload import UploadPlan
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 
@@ -159,12 +160,66 @@ class AdapterClient:
         )
         return response.deleted_versions
 
+    def watch(self, *, send_initial: bool = False) -> "AdapterWatch":
+        """Changes of adapters as they happen, whoever makes them, until the watch is closed.
+
+        A reader that is slow gets the last of several changes of one version.
+
+        Args:
+            send_initial: begins with one event per version that is there, so that nothing is missed between
+                a list and the watch.
+
+        The iteration raises UnavailableError when the server goes away: watch again, with `send_initial`.
+        """
+        request = adapters_pb2.WatchAdaptersRequest(send_initial=send_initial)
+        attempts = self._calls.endpoint.unlimited_attempts()
+        return AdapterWatch(self._calls.server_stream(self._stub.WatchAdapters, request, attempts))
+
+    def collect_garbage(
+        self, *, keep_versions: int | None = None, min_age_s: float | None = None, dry_run: bool = False
+    ) -> Collection:
+        """Deletes old versions; those with an alias, a pin or the label "keep" stay.
+
+        Args:
+            keep_versions: so many of the newest ready versions of a name stay; None is the server's setting.
+            min_age_s: whatever is younger stays; None is the server's setting.
+            dry_run: changes nothing, and tells what would go.
+        """
+        request = requests.collect_garbage_request(keep_versions, min_age_s, dry_run=dry_run)
+        attempts = self._calls.endpoint.attempts(repeatable=dry_run)
+        return answers.collection(self._calls.unary(self._stub.CollectGarbage, request, attempts))
+
     def _update(self, request: adapters_pb2.UpdateAdapterRequest) -> Adapter:
         # After a success that got lost, a second sending would find another etag, or no alias to take away.
         repeatable = not request.HasField("etag") and not request.remove_aliases
         attempts = self._calls.endpoint.attempts(repeatable=repeatable)
         response = self._calls.unary(self._stub.UpdateAdapter, request, attempts)
         return answers.adapter(response.adapter)
+
+
+class AdapterWatch:
+    """Iterate it for events; closing it, or leaving its `with` block, ends the watch."""
+
+    def __init__(self, responses: ResponseStream[adapters_pb2.WatchAdaptersResponse]) -> None:
+        self._responses = responses
+
+    def __iter__(self) -> Iterator[AdapterEvent]:
+        return self
+
+    def __next__(self) -> AdapterEvent:
+        return answers.adapter_event(next(self._responses))
+
+    def close(self) -> None:
+        """Ends the watch; safe to call from another thread, and more than once."""
+        self._responses.close()
+
+    def __enter__(self) -> "AdapterWatch":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def _sending(

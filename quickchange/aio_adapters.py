@@ -4,14 +4,15 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 
 from quickchange import answers, requests
 from quickchange.adapter_client import AdapterClient
-from quickchange.aio_calls import AsyncCalls
+from quickchange.aio_calls import AsyncCalls, AsyncResponseStream
 from quickchange.calls import Calls
 from quickchange.download import Download
 from quickchange.progress import Progress, reporting
-from quickchange.types import Adapter, AdapterState, PullResult, UploadResult
+from quickchange.types import Adapter, AdapterEvent, AdapterState, Collection, PullResult, UploadResult
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 
 
@@ -176,12 +177,66 @@ class AsyncAdapterClient:
         )
         return response.deleted_versions
 
+    def watch(self, *, send_initial: bool = False) -> "AsyncAdapterWatch":
+        """Changes of adapters as they happen, whoever makes them, until the watch is closed.
+
+        A reader that is slow gets the last of several changes of one version.
+
+        Args:
+            send_initial: begins with one event per version that is there, so that nothing is missed between
+                a list and the watch.
+
+        The iteration raises UnavailableError when the server goes away: watch again, with `send_initial`.
+        """
+        request = adapters_pb2.WatchAdaptersRequest(send_initial=send_initial)
+        attempts = self._calls.endpoint.unlimited_attempts()
+        return AsyncAdapterWatch(self._calls.server_stream(self._stub.WatchAdapters, request, attempts))
+
+    async def collect_garbage(
+        self, *, keep_versions: int | None = None, min_age_s: float | None = None, dry_run: bool = False
+    ) -> Collection:
+        """Deletes old versions; those with an alias, a pin or the label "keep" stay.
+
+        Args:
+            keep_versions: so many of the newest ready versions of a name stay; None is the server's setting.
+            min_age_s: whatever is younger stays; None is the server's setting.
+            dry_run: changes nothing, and tells what would go.
+        """
+        request = requests.collect_garbage_request(keep_versions, min_age_s, dry_run=dry_run)
+        attempts = self._calls.endpoint.attempts(repeatable=dry_run)
+        return answers.collection(await self._calls.unary(self._stub.CollectGarbage, request, attempts))
+
     async def _update(self, request: adapters_pb2.UpdateAdapterRequest) -> Adapter:
         # After a success that got lost, a second sending would find another etag, or no alias to take away.
         repeatable = not request.HasField("etag") and not request.remove_aliases
         attempts = self._calls.endpoint.attempts(repeatable=repeatable)
         response = await self._calls.unary(self._stub.UpdateAdapter, request, attempts)
         return answers.adapter(response.adapter)
+
+
+class AsyncAdapterWatch:
+    """Iterate it for events; closing it, or leaving its `async with` block, ends the watch."""
+
+    def __init__(self, responses: AsyncResponseStream[adapters_pb2.WatchAdaptersResponse]) -> None:
+        self._responses = responses
+
+    def __aiter__(self) -> AsyncIterator[AdapterEvent]:
+        return self
+
+    async def __anext__(self) -> AdapterEvent:
+        return answers.adapter_event(await anext(self._responses))
+
+    async def close(self) -> None:
+        """Ends the watch; safe to call from another task, and more than once."""
+        self._responses.close()
+
+    async def __aenter__(self) -> "AsyncAdapterWatch":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
 
 
 def _on_this_loop(progress: Progress) -> Progress:

@@ -147,6 +147,22 @@ def upload_result(response: adapters_pb2.UploadAdapterResponse) -> types.UploadR
     )
 
 
+def adapter_event(response: adapters_pb2.WatchAdaptersResponse) -> types.AdapterEvent:
+    return types.AdapterEvent(adapter(response.adapter), response.deleted)
+
+
+def collection(response: adapters_pb2.CollectGarbageResponse) -> types.Collection:
+    return types.Collection(
+        tuple(
+            types.CollectedVersion(
+                version.name, version.version, version.digest, version.reason, version.freed_bytes
+            )
+            for version in response.versions
+        ),
+        response.freed_bytes,
+    )
+
+
 def server_info(response: server_pb2.GetServerInfoResponse) -> types.ServerInfo:
     limits, capacity, steps = response.limits, response.capacity, response.steps
     return types.ServerInfo(

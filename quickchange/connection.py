@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
 import grpc
@@ -99,6 +99,10 @@ class Endpoint:
             retry_until_s=now_s + self.retry_window_s,
             deadline_s=None if limit_s is None else now_s + limit_s,
         )
+
+    def unlimited_attempts(self) -> "Attempts":
+        """The budget of a call that may last for ever; only its beginning is tried again."""
+        return replace(self.attempts(repeatable=True), deadline_s=None)
 
     @contextmanager
     def waiting(self, timeout_s: float) -> Iterator["Attempts"]:

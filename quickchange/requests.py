@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypedDict, TypeVar
 
 from google.protobuf.message import Message as WireMessage
@@ -138,6 +139,21 @@ def update_adapter_request(
         pinned=pinned,
         labels=None if labels is None else adapters_pb2.Labels(values=labels),
     )
+
+
+def collect_garbage_request(
+    keep_versions: int | None, min_age_s: float | None, *, dry_run: bool
+) -> adapters_pb2.CollectGarbageRequest:
+    """The request to collect old versions; None is the server's setting."""
+    request = _built(adapters_pb2.CollectGarbageRequest, {"dry_run": dry_run})
+    if keep_versions is not None:
+        request.MergeFrom(_built(adapters_pb2.CollectGarbageRequest, {"keep_versions": keep_versions}))
+    if min_age_s is not None:
+        try:
+            request.min_age.FromTimedelta(timedelta(seconds=min_age_s))
+        except (OverflowError, ValueError) as error:
+            raise _invalid("min_age", f"is {min_age_s} seconds: {error}") from None
+    return request
 
 
 def _put_prompt(

@@ -234,6 +234,43 @@ class ModuleUpdate:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterEvent:
+    """A version as it is now; of a deleted one only name, version and digest are known."""
+
+    adapter: Adapter
+    deleted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CollectedVersion:
+    """A version that a collection took away, or would take.
+
+    Attributes:
+        reason: why, for people.
+        freed_bytes: of its files, unless a version that stays has the same.
+    """
+
+    name: str
+    version: int
+    digest: str
+    reason: str
+    freed_bytes: int
+
+    @property
+    def reference(self) -> str:
+        """ "name@3"."""
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """What a collection of old versions took away, or would take; bytes of earlier deletions included."""
+
+    versions: tuple[CollectedVersion, ...]
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ValidationReport:
     """What the server's checks found. Of a refusal lists hold the first ones; the counts say how many.
 

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from adapters.base import Base, load_base
 from adapters.errors import AdapterError, BaseModelError
+from adapters.retention import RetentionPolicy
 from adapters.store import AdapterStore
 from quickchange.v1 import (
     adapters_pb2,
@@ -36,7 +37,9 @@ from server.request import Failed, Request, SamplingParams
 from server.services.adapters import AdapterService
 from server.services.admission import Admission
 from server.services.catalogue import Catalogue
+from server.services.changes import ChangeFeed
 from server.services.health import HealthService
+from server.services.housekeeping import Housekeeper
 from server.services.inference import InferenceService
 from server.services.ingest import UploadDesk
 from server.services.interceptors import StatusInterceptor
@@ -100,6 +103,12 @@ class Server:
         self._workers = Workers(settings.grpc.worker_threads)
         self._prompts = PromptEncoder(base.tokenizer, base.chat_template, settings.grpc.max_prompt_bytes)
         self._catalogue = Catalogue(store, self._engine, self._workers)
+        self._feed = ChangeFeed(store, self._engine, self._catalogue, self._workers)
+        self._housekeeper = Housekeeper(
+            self._catalogue,
+            RetentionPolicy(settings.store.gc_keep_versions, settings.store.gc_min_age_s),
+            settings.store.gc_interval_s,
+        )
         admission = Admission(
             store,
             self._engine,
@@ -123,6 +132,7 @@ class Server:
             await self._start_engine()
             endpoint = self._start_metrics()
             rpc_server, port = await self._start_grpc()
+            self._housekeeper.start()
             await self._health.set_serving(not self._engine_died)
             print(
                 f"ready grpc={_address(self._settings.grpc.host, port)} "
@@ -152,7 +162,7 @@ class Server:
         self._engine.start()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
-        await self._catalogue.apply_pins()
+        await self._feed.start()
         await self._warm_up()
         gc.collect()
         gc.freeze()  # what start-up made stays: no collection in the middle of a step looks through it again
@@ -190,7 +200,10 @@ class Server:
             rpc_server,
         )
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
-            AdapterService(self._engine, self._catalogue, self._desk, self._workers), rpc_server
+            AdapterService(
+                self._engine, self._catalogue, self._desk, self._feed, self._housekeeper, self._workers
+            ),
+            rpc_server,
         )
         server_pb2_grpc.add_ServerServiceServicer_to_server(
             ServerService(self._engine, self._facts(), self._told_to_stop.set), rpc_server
@@ -254,6 +267,8 @@ class Server:
         await self._health.set_serving(False)
         self._engine.drain()
         self._desk.close()
+        self._feed.close()
+        self._housekeeper.close()
         grace_s = self._settings.grpc.drain_grace_s
         log.info("draining grace_s=%g running=%d", grace_s, self._engine.stats().running)
         await asyncio.gather(self._engine.stop(grace_s), self._uploads_over(grace_s))

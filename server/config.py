@@ -96,6 +96,13 @@ class StoreSettings(_Section):
     root: Annotated[Path, About("folder of the adapter store")] = (
         Path.home() / ".local/share/quickchange/store"
     )
+    gc_interval_s: Annotated[
+        float | None, About("seconds between collections of old versions; unset: only when asked for", 1)
+    ] = None
+    gc_keep_versions: Annotated[
+        int, About("newest READY versions of a name that a collection keeps", 1, 1_000_000)
+    ] = 5
+    gc_min_age_s: Annotated[float, About("seconds that a collection keeps any version", 0)] = 7 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,7 +395,11 @@ def _text(value: object) -> str:
 
 
 def _folder(value: object) -> Path:
-    return value if isinstance(value, Path) else Path(_text(value)).expanduser()
+    if isinstance(value, Path):
+        return value
+    if "://" in _text(value):
+        raise ValueError("must be a folder of this machine; URLs are not supported yet")
+    return Path(_text(value)).expanduser()
 
 
 _CONVERTERS: Mapping[Any, Any] = {int: _whole_number, float: _number, str: _text, Path: _folder}

@@ -147,6 +147,10 @@ class Engine:
         """ "device" or "disk", as of the last step."""
         return "device" if any(r.digest == digest for r in self._residents) else "disk"
 
+    def tiers(self) -> dict[str, str]:
+        """ "device" by digest, for every adapter that is not on disk alone, as of the last step."""
+        return {resident.digest: "device" for resident in self._residents}
+
     def residents(self) -> tuple[ResidentNow, ...]:
         """Adapters on the device, as of the last step."""
         return self._residents

@@ -6,6 +6,7 @@ Adapters as immutable, checked, content-addressed artefacts."""
 import builtins
 import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
@@ -928,13 +929,17 @@ Global___WatchAdaptersRequest: typing_extensions.TypeAlias = WatchAdaptersReques
 
 @typing.final
 class WatchAdaptersResponse(google.protobuf.message.Message):
+    """An adapter as it is now. A reader that is slow gets the last of several changes of one version."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: builtins.int
     DELETED_FIELD_NUMBER: builtins.int
     deleted: builtins.bool
     @property
-    def adapter(self) -> Global___Adapter: ...
+    def adapter(self) -> Global___Adapter:
+        """Of a deleted one: name, version, digest, and state DELETING."""
+
     def __init__(
         self,
         *,
@@ -1012,3 +1017,86 @@ class DownloadHeader(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___DownloadHeader: typing_extensions.TypeAlias = DownloadHeader
+
+@typing.final
+class CollectGarbageRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEEP_VERSIONS_FIELD_NUMBER: builtins.int
+    MIN_AGE_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    keep_versions: builtins.int
+    """So many of the newest READY versions of each name stay; at least 1. Unset: the server's setting."""
+    dry_run: builtins.bool
+    """Changes nothing, and tells what would go."""
+    @property
+    def min_age(self) -> google.protobuf.duration_pb2.Duration:
+        """Whatever is younger stays. Unset: the server's setting."""
+
+    def __init__(
+        self,
+        *,
+        keep_versions: builtins.int | None = ...,
+        min_age: google.protobuf.duration_pb2.Duration | None = ...,
+        dry_run: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_keep_versions", b"_keep_versions", "keep_versions", b"keep_versions", "min_age", b"min_age"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_keep_versions", b"_keep_versions", "dry_run", b"dry_run", "keep_versions", b"keep_versions", "min_age", b"min_age"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__keep_versions: typing_extensions.TypeAlias = typing.Literal["keep_versions"]
+    _WhichOneofArgType__keep_versions: typing_extensions.TypeAlias = typing.Literal["_keep_versions", b"_keep_versions"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_versions) -> _WhichOneofReturnType__keep_versions | None: ...
+
+Global___CollectGarbageRequest: typing_extensions.TypeAlias = CollectGarbageRequest
+
+@typing.final
+class CollectedVersion(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    FREED_BYTES_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    version: builtins.int
+    digest: builtins.str
+    reason: builtins.str
+    """Why it goes, for people."""
+    freed_bytes: builtins.int
+    """Of its files, unless a version that stays has the same; counted at the last one that goes."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        version: builtins.int = ...,
+        digest: builtins.str = ...,
+        reason: builtins.str = ...,
+        freed_bytes: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["digest", b"digest", "freed_bytes", b"freed_bytes", "name", b"name", "reason", b"reason", "version", b"version"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___CollectedVersion: typing_extensions.TypeAlias = CollectedVersion
+
+@typing.final
+class CollectGarbageResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERSIONS_FIELD_NUMBER: builtins.int
+    FREED_BYTES_FIELD_NUMBER: builtins.int
+    freed_bytes: builtins.int
+    """On disk, what earlier deletions left included; gone once no request uses them any more."""
+    @property
+    def versions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___CollectedVersion]: ...
+    def __init__(
+        self,
+        *,
+        versions: collections.abc.Iterable[Global___CollectedVersion] | None = ...,
+        freed_bytes: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["freed_bytes", b"freed_bytes", "versions", b"versions"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___CollectGarbageResponse: typing_extensions.TypeAlias = CollectGarbageResponse

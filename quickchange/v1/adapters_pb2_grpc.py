@@ -89,6 +89,11 @@ class AdapterServiceStub(object):
                 request_serializer=quickchange_dot_v1_dot_adapters__pb2.DownloadAdapterRequest.SerializeToString,
                 response_deserializer=quickchange_dot_v1_dot_adapters__pb2.DownloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.CollectGarbage = channel.unary_unary(
+                '/quickchange.v1.AdapterService/CollectGarbage',
+                request_serializer=quickchange_dot_v1_dot_adapters__pb2.CollectGarbageRequest.SerializeToString,
+                response_deserializer=quickchange_dot_v1_dot_adapters__pb2.CollectGarbageResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer(object):
@@ -153,13 +158,21 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchAdapters(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Every change of an adapter from now on, whichever server made it; ends UNAVAILABLE when the server drains.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DownloadAdapter(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CollectGarbage(self, request, context):
+        """Deletes old versions by policy; what has an alias, a pin or the label "keep" stays.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -221,6 +234,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.DownloadAdapter,
                     request_deserializer=quickchange_dot_v1_dot_adapters__pb2.DownloadAdapterRequest.FromString,
                     response_serializer=quickchange_dot_v1_dot_adapters__pb2.DownloadAdapterResponse.SerializeToString,
+            ),
+            'CollectGarbage': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectGarbage,
+                    request_deserializer=quickchange_dot_v1_dot_adapters__pb2.CollectGarbageRequest.FromString,
+                    response_serializer=quickchange_dot_v1_dot_adapters__pb2.CollectGarbageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -520,6 +538,33 @@ class AdapterService(object):
             '/quickchange.v1.AdapterService/DownloadAdapter',
             quickchange_dot_v1_dot_adapters__pb2.DownloadAdapterRequest.SerializeToString,
             quickchange_dot_v1_dot_adapters__pb2.DownloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectGarbage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quickchange.v1.AdapterService/CollectGarbage',
+            quickchange_dot_v1_dot_adapters__pb2.CollectGarbageRequest.SerializeToString,
+            quickchange_dot_v1_dot_adapters__pb2.CollectGarbageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,7 +39,10 @@ class AdapterServiceStub:
     """Hints: bring a version to the device now, or let it go."""
     UnloadAdapter: grpc.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.UnloadAdapterRequest, quickchange.v1.adapters_pb2.UnloadAdapterResponse]
     WatchAdapters: grpc.UnaryStreamMultiCallable[quickchange.v1.adapters_pb2.WatchAdaptersRequest, quickchange.v1.adapters_pb2.WatchAdaptersResponse]
+    """Every change of an adapter from now on, whichever server made it; ends UNAVAILABLE when the server drains."""
     DownloadAdapter: grpc.UnaryStreamMultiCallable[quickchange.v1.adapters_pb2.DownloadAdapterRequest, quickchange.v1.adapters_pb2.DownloadAdapterResponse]
+    CollectGarbage: grpc.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.CollectGarbageRequest, quickchange.v1.adapters_pb2.CollectGarbageResponse]
+    """Deletes old versions by policy; what has an alias, a pin or the label "keep" stays."""
 
 @typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -58,7 +61,10 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Hints: bring a version to the device now, or let it go."""
     UnloadAdapter: grpc.aio.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.UnloadAdapterRequest, quickchange.v1.adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     WatchAdapters: grpc.aio.UnaryStreamMultiCallable[quickchange.v1.adapters_pb2.WatchAdaptersRequest, quickchange.v1.adapters_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
+    """Every change of an adapter from now on, whichever server made it; ends UNAVAILABLE when the server drains."""
     DownloadAdapter: grpc.aio.UnaryStreamMultiCallable[quickchange.v1.adapters_pb2.DownloadAdapterRequest, quickchange.v1.adapters_pb2.DownloadAdapterResponse]  # type: ignore[assignment]
+    CollectGarbage: grpc.aio.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.CollectGarbageRequest, quickchange.v1.adapters_pb2.CollectGarbageResponse]  # type: ignore[assignment]
+    """Deletes old versions by policy; what has an alias, a pin or the label "keep" stays."""
 
 class AdapterServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -133,7 +139,8 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         self,
         request: quickchange.v1.adapters_pb2.WatchAdaptersRequest,
         context: _ServicerContext,
-    ) -> typing.Union[collections.abc.Iterator[quickchange.v1.adapters_pb2.WatchAdaptersResponse], collections.abc.AsyncIterator[quickchange.v1.adapters_pb2.WatchAdaptersResponse]]: ...
+    ) -> typing.Union[collections.abc.Iterator[quickchange.v1.adapters_pb2.WatchAdaptersResponse], collections.abc.AsyncIterator[quickchange.v1.adapters_pb2.WatchAdaptersResponse]]:
+        """Every change of an adapter from now on, whichever server made it; ends UNAVAILABLE when the server drains."""
 
     @abc.abstractmethod
     def DownloadAdapter(
@@ -141,5 +148,13 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: quickchange.v1.adapters_pb2.DownloadAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[quickchange.v1.adapters_pb2.DownloadAdapterResponse], collections.abc.AsyncIterator[quickchange.v1.adapters_pb2.DownloadAdapterResponse]]: ...
+
+    @abc.abstractmethod
+    def CollectGarbage(
+        self,
+        request: quickchange.v1.adapters_pb2.CollectGarbageRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[quickchange.v1.adapters_pb2.CollectGarbageResponse, collections.abc.Awaitable[quickchange.v1.adapters_pb2.CollectGarbageResponse]]:
+        """Deletes old versions by policy; what has an alias, a pin or the label "keep" stays."""
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

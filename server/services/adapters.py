@@ -1,7 +1,7 @@
 """quickchange.v1.AdapterService: the catalogue and residency over the wire. Knows no formats of files."""
 
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from typing import Any, BinaryIO, Final
 
 import google_crc32c
@@ -10,11 +10,14 @@ import grpc.aio
 from adapters.errors import InvalidAdapterError
 from adapters.facts import AdapterRecord, AdapterState
 from adapters.files import open_regular
+from adapters.retention import RetentionPolicy
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 from server.engine import Engine
 from server.errors import InvalidRequestError, UnsupportedFeatureError
 from server.services import convert, reports
 from server.services.catalogue import Catalogue, Changes
+from server.services.changes import ChangeFeed
+from server.services.housekeeping import Housekeeper
 from server.services.ingest import UploadDesk
 from server.services.workers import Workers
 
@@ -30,10 +33,20 @@ DOWNLOAD_CHUNK_BYTES: Final = 256 * 1024
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     """Adapters from upload to deletion."""
 
-    def __init__(self, engine: Engine, catalogue: Catalogue, desk: UploadDesk, workers: Workers) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        catalogue: Catalogue,
+        desk: UploadDesk,
+        feed: ChangeFeed,
+        housekeeper: Housekeeper,
+        workers: Workers,
+    ) -> None:
         self._engine = engine
         self._catalogue = catalogue
         self._desk = desk
+        self._feed = feed
+        self._housekeeper = housekeeper
         self._workers = workers
 
     async def UploadAdapter(
@@ -78,8 +91,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             page_size=request.page_size or DEFAULT_PAGE_SIZE,
             page_token=request.page_token,
         )
+        tiers = self._engine.tiers()
         return adapters_pb2.ListAdaptersResponse(
-            adapters=[self._message(record) for record in records], next_page_token=next_token
+            adapters=[convert.adapter(record, tiers.get(record.facts.digest, "disk")) for record in records],
+            next_page_token=next_token,
         )
 
     async def UpdateAdapter(
@@ -114,10 +129,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             adapter=convert.adapter(record, "disk" if gone else "device")
         )
 
-    async def WatchAdapters(  # type: ignore[override]  # a coroutine, see StatusInterceptor
+    async def WatchAdapters(  # type: ignore[override]  # writes to the context, see StatusInterceptor
         self, request: adapters_pb2.WatchAdaptersRequest, context: Context
     ) -> None:
-        raise UnsupportedFeatureError("adapters cannot be watched yet; call ListAdapters instead")
+        async with aclosing(self._feed.events(send_initial=request.send_initial)) as events:
+            async for event in events:
+                await context.write(convert.adapter_event(event))
 
     async def DownloadAdapter(  # type: ignore[override]  # writes to the context, see StatusInterceptor
         self, request: adapters_pb2.DownloadAdapterRequest, context: Context
@@ -132,6 +149,19 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 while data := await self._workers.run(file.read, DOWNLOAD_CHUNK_BYTES):
                     await context.write(_download_chunk(index, offset, data))
                     offset += len(data)
+
+    async def CollectGarbage(
+        self, request: adapters_pb2.CollectGarbageRequest, context: Context
+    ) -> adapters_pb2.CollectGarbageResponse:
+        policy = _policy_of(request, self._housekeeper.policy)
+        collection = await self._catalogue.collect(policy, dry_run=request.dry_run)
+        log.info(
+            "collected versions=%d freed_bytes=%d dry_run=%s",
+            len(collection.versions),
+            collection.freed_bytes,
+            request.dry_run,
+        )
+        return convert.collection(collection)
 
     def _open(self, record: AdapterRecord, open_files: ExitStack) -> list[BinaryIO]:
         """Open files outlive a deletion, so the download is whole whatever happens meanwhile."""
@@ -165,6 +195,17 @@ def _state_of(request: adapters_pb2.ListAdaptersRequest) -> AdapterState | None:
     if request.state not in known:
         raise InvalidRequestError("state", f"is {request.state}; adapters here are READY or FAILED")
     return known[request.state]
+
+
+def _policy_of(request: adapters_pb2.CollectGarbageRequest, default: RetentionPolicy) -> RetentionPolicy:
+    return RetentionPolicy(
+        keep_versions=request.keep_versions if request.HasField("keep_versions") else default.keep_versions,
+        min_age_s=(
+            request.min_age.ToTimedelta().total_seconds()
+            if request.HasField("min_age")
+            else default.min_age_s
+        ),
+    )
 
 
 def _changes_of(request: adapters_pb2.UpdateAdapterRequest) -> Changes:

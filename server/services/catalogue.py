@@ -5,18 +5,23 @@ Knows neither messages of the wire nor files' contents.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from adapters.bundle import Bundle, read_bundle
 from adapters.facts import AdapterRecord
-from adapters.store import MAX_PAGE_SIZE, AdapterStore
+from adapters.leases import Lease
+from adapters.retention import Collection, RetentionPolicy
+from adapters.rows import Change, Entry
+from adapters.store import AdapterStore
 from server.engine import Engine
 from server.metrics import OTHER_LABEL, ResidentAdapter
 from server.services.workers import Workers
 
 log = logging.getLogger(__name__)
+
+_REMOVAL_RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +43,11 @@ class Catalogue:
         self._engine = engine
         self._workers = workers
         self._preparing: set[asyncio.Future[None]] = set()
-        self._removals: set[asyncio.Task[None]] = set()
+        self._removals: dict[str, asyncio.Task[None]] = {}
+        self._to_remove: set[str] = set()
         self._names: dict[str, str] = {}
-
-    async def usable(self, reference: str) -> AdapterRecord:
-        """The READY version that a request for this reference gets now."""
-        record = await self._workers.run(self.store.resolve, reference)
-        self._names[record.facts.digest] = record.name
-        return record
+        self._pinned: set[str] = set()
+        self._pinning = asyncio.Lock()
 
     async def get(self, reference: str) -> AdapterRecord:
         """The version that a reference names, in any state."""
@@ -56,19 +58,34 @@ class Catalogue:
         bundle = await self._workers.run(self._bundle_of, record.facts.digest)
         return bundle.chat_template if bundle else None
 
+    async def ready(self) -> list[Entry]:
+        """Every version that requests may name."""
+        return await self._workers.run(lambda: list(self.store.ready()))
+
     @asynccontextmanager
     async def preparing(self, reference: str) -> AsyncIterator[AdapterRecord | None]:
         """The adapter of a request that is not submitted yet; None for an empty reference, which is the base.
 
-        While the block runs, a deletion waits, so that what was resolved can also be loaded.
+        While the block runs, no deletion in this or another server takes away what was resolved.
         """
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._preparing.add(over)
+        lease: Lease | None = None
         try:
-            yield await self.usable(reference) if reference else None
+            record = None
+            if reference:
+                record, lease = await self._workers.run(self.store.hold, reference)
+                self._names[record.facts.digest] = record.name
+            yield record
         finally:
+            if lease is not None:
+                lease.release()
             self._preparing.discard(over)
             over.set_result(None)
+
+    def keep(self, record: AdapterRecord) -> Lease | None:
+        """Makes the files outlast `preparing`, inside which this is called; None if they are not there."""
+        return self.store.keep(record.facts.digest)
 
     async def update(self, reference: str, changes: Changes) -> AdapterRecord:
         """The version after the changes, which come all or none."""
@@ -83,35 +100,72 @@ class Catalogue:
         for digest in {record.facts.digest for record in doomed if record.pinned}:
             await self._sync_pin(digest)
         for digest in orphans:
-            task = asyncio.create_task(self._remove(digest))
-            self._removals.add(task)
-            task.add_done_callback(self._removals.discard)
+            self._begin_removal(digest)
         return len(doomed)
+
+    async def collect(self, policy: RetentionPolicy, *, dry_run: bool) -> Collection:
+        """Deletes what the policy lets go and removes what is left over; or only tells what that would be."""
+        collection = await self._workers.run(self.store.collect, policy, dry_run=dry_run)
+        if not dry_run:
+            await self._workers.run(self.store.recover)
+            for digest in {version.digest for version in collection.versions}:
+                self._begin_removal(digest)
+        return collection
+
+    async def follow(self, changes: Sequence[Change]) -> None:
+        """Does here what changes ask for, whichever server made them; harmless to repeat."""
+        for change in changes:
+            if change.is_orphan:
+                self._begin_removal(change.digest)
+            elif change.is_pinned != (change.digest in self._pinned):
+                await self._sync_pin(change.digest)
+            if change.is_pinned:
+                self._names[change.digest] = change.name
+
+    async def catch_up(self) -> None:
+        """The same without knowing the changes: pins as they are, and nothing in memory that was deleted."""
+        pinned = await self._workers.run(self.store.changes.pinned)
+        self._names |= pinned
+        for digest in pinned.keys() ^ self._pinned:
+            await self._sync_pin(digest)
+        residents = [resident.digest for resident in self._engine.residents()]
+        for digest in await self._workers.run(self.store.changes.unreferenced, residents):
+            self._begin_removal(digest)
+
+    def _begin_removal(self, digest: str) -> None:
+        self._to_remove.add(digest)
+        if digest not in self._removals:
+            self._removals[digest] = asyncio.create_task(self._remove(digest))
 
     async def _remove(self, digest: str) -> None:
         try:
+            while digest in self._to_remove:  # again, if it was published and deleted meanwhile
+                self._to_remove.discard(digest)
+                await self._remove_unless_published(digest)
+        except Exception:
+            log.exception("adapter not removed digest=%s; the next start does it", digest)
+        finally:
+            del self._removals[digest]
+
+    async def _remove_unless_published(self, digest: str) -> None:
+        while await self._workers.run(self.store.changes.unreferenced, [digest]):
+            await self._sync_pin(digest)
             # Whoever resolved it before the deletion has submitted by then, and the engine knows of it.
             if self._preparing:
                 await asyncio.wait(self._preparing)
             await self._engine.forget(digest)
-            await self._workers.run(self.store.remove_blob, digest)
             self._names.pop(digest, None)
-            log.info("adapter removed digest=%s", digest)
-        except Exception:
-            log.exception("adapter not removed digest=%s; the next start does it", digest)
-
-    async def apply_pins(self) -> None:
-        """Tells the engine which adapters are pinned, after a start."""
-        for record in await self._workers.run(self.all_records):
-            if record.pinned:
-                self._names[record.facts.digest] = record.name
-                await self._engine.pin(record.facts.digest, True)
+            if await self._workers.run(self.store.remove_blob, digest):
+                log.info("adapter removed digest=%s", digest)
+                return
+            await asyncio.sleep(_REMOVAL_RETRY_S)  # another server's requests use it
 
     async def _sync_pin(self, digest: str) -> None:
         """A content is pinned while any version that has it is."""
-        records = await self._workers.run(self.all_records)
-        pinned = any(record.pinned for record in records if record.facts.digest == digest)
-        await self._engine.pin(digest, pinned)
+        async with self._pinning:  # what is asked first is applied first
+            pinned = await self._workers.run(self.store.changes.is_pinned, digest)
+            await self._engine.pin(digest, pinned)
+            (self._pinned.add if pinned else self._pinned.discard)(digest)
 
     def residents(self) -> list[ResidentAdapter]:
         """What is in memory, by name; any thread."""
@@ -123,14 +177,6 @@ class Catalogue:
         ]
 
     # In a worker
-
-    def all_records(self, name: str | None = None) -> list[AdapterRecord]:
-        """Every version, of one name or of all; blocks."""
-        records, token = self.store.list(name=name, page_size=MAX_PAGE_SIZE)
-        while token:
-            page, token = self.store.list(name=name, page_size=MAX_PAGE_SIZE, page_token=token)
-            records.extend(page)
-        return records
 
     def _bundle_of(self, digest: str) -> Bundle | None:
         return read_bundle(self.store.path_of(digest))
@@ -150,5 +196,5 @@ class Catalogue:
     def _delete(
         self, reference: str, all_versions: bool, etag: str | None
     ) -> tuple[list[AdapterRecord], list[str]]:
-        doomed = self.all_records(reference) if all_versions else [self.store.get(reference)]
+        doomed = self.store.versions(reference) if all_versions else [self.store.get(reference)]
         return doomed, self.store.delete(reference, all_versions, etag)

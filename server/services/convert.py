@@ -9,6 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from adapters.facts import AdapterFacts, AdapterRecord
+from adapters.retention import Collection
 from quickchange.v1 import adapters_pb2, inference_pb2
 from server.errors import InvalidRequestError
 from server.request import (
@@ -22,6 +23,7 @@ from server.request import (
     Timings,
     TokenLogprob,
 )
+from server.services.changes import AdapterEvent, Deleted
 
 DEFAULT_MAX_NEW_TOKENS: Final = 256
 _MAX_REQUEST_ID_CHARACTERS: Final = 128
@@ -210,6 +212,32 @@ def adapter(record: AdapterRecord, residency: str) -> adapters_pb2.Adapter:
     )
     _set_facts(message, record.facts)
     return message
+
+
+def adapter_event(event: AdapterEvent) -> adapters_pb2.WatchAdaptersResponse:
+    if isinstance(event, Deleted):
+        gone = adapters_pb2.Adapter(
+            name=event.name,
+            version=event.version,
+            digest=event.digest,
+            state=adapters_pb2.ADAPTER_STATE_DELETING,
+        )
+        return adapters_pb2.WatchAdaptersResponse(adapter=gone, deleted=True)
+    return adapters_pb2.WatchAdaptersResponse(adapter=adapter(event.record, event.residency))
+
+
+def collection(collected: Collection) -> adapters_pb2.CollectGarbageResponse:
+    versions = [
+        adapters_pb2.CollectedVersion(
+            name=version.name,
+            version=version.version,
+            digest=version.digest,
+            reason=version.reason,
+            freed_bytes=version.freed_bytes,
+        )
+        for version in collected.versions
+    ]
+    return adapters_pb2.CollectGarbageResponse(versions=versions, freed_bytes=collected.freed_bytes)
 
 
 def _set_facts(message: adapters_pb2.Adapter, facts: AdapterFacts) -> None:

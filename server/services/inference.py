@@ -8,7 +8,9 @@ from typing import Any
 
 import grpc.aio
 
-from adapters.facts import AdapterRecord, AdapterState
+from adapters.facts import AdapterRecord
+from adapters.leases import Lease
+from adapters.rows import Entry
 from quickchange.v1 import inference_pb2, inference_pb2_grpc
 from server.chat import ChatMessage, EncodedPrompt, PromptEncoder
 from server.engine import Engine
@@ -43,6 +45,14 @@ class _Call:
     echo: str
     answers: int
     stream: RequestStream
+    lease: Lease | None
+    """On the adapter's files; None for the base."""
+
+    def close(self) -> None:
+        """Ends it if it still runs, and lets go of the adapter."""
+        self.stream.cancel()
+        if self.lease is not None:
+            self.lease.release()
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -64,7 +74,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         try:
             return await _collect(call)
         finally:
-            call.stream.cancel()
+            call.close()
 
     async def GenerateStream(  # type: ignore[override]  # writes to the context, see StatusInterceptor
         self, request: inference_pb2.GenerateStreamRequest, context: Context
@@ -75,7 +85,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 for message in _messages_of(event, call):
                     await context.write(message)
         finally:
-            call.stream.cancel()
+            call.close()
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
@@ -87,9 +97,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
-        records = await self._workers.run(self._catalogue.all_records)
         models = [inference_pb2.Model(is_base=True)]
-        models += [_model_of(record) for record in records if record.state is AdapterState.READY]
+        models += [_model_of(entry) for entry in await self._catalogue.ready()]
         return inference_pb2.ListModelsResponse(models=models)
 
     async def _submit(self, request: inference_pb2.GenerateRequest, context: Context) -> _Call:
@@ -110,6 +119,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                         deadline_s=_deadline_of(context),
                     )
                 )
+                lease = self._catalogue.keep(record) if record else None
         except Exception as error:
             self._metrics.count_rejected(reason_of(error))
             raise
@@ -120,7 +130,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             len(prompt.token_ids),
         )
         answers = request.sampling.n if request.sampling.HasField("n") else 1
-        return _Call(request_id, identity, prompt.text if request.output.echo else "", answers, stream)
+        echo = prompt.text if request.output.echo else ""
+        return _Call(request_id, identity, echo, answers, stream, lease)
 
     async def _encode(
         self, request: Prompt, record: AdapterRecord | None, *, with_text: bool
@@ -207,9 +218,9 @@ def _log_end(call: _Call, event: Finished) -> None:
     )
 
 
-def _model_of(record: AdapterRecord) -> inference_pb2.Model:
+def _model_of(entry: Entry) -> inference_pb2.Model:
     return inference_pb2.Model(
-        reference=record.reference,
-        adapter=convert.resolved(convert.identity_of(record)),
-        description=record.description,
+        reference=entry.reference,
+        adapter=convert.resolved(AdapterIdentity(entry.name, entry.version, entry.digest)),
+        description=entry.description,
     )
