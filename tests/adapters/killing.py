@@ -8,12 +8,15 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from adapters.retention import RetentionPolicy
 from adapters.store import AdapterState, AdapterStore
 from tests.adapters.staging import digest_of, facts_of, publish, stage
 
@@ -51,6 +54,18 @@ def prepare(root: Path) -> None:
     (orphan / "adapter_config.json").write_text("{}")
 
 
+def downgrade(root: Path) -> None:
+    """Makes the catalogue one of the first version."""
+    with closing(sqlite3.connect(root / "catalogue.sqlite3")) as connection:
+        for kind, name in connection.execute(
+            "SELECT type, name FROM sqlite_master WHERE type = 'trigger' OR name IN ("
+            "'changes', 'contents_by_size', 'contents_by_state', 'versions_pinned')"
+        ).fetchall():
+            connection.execute(f"DROP {kind} IF EXISTS {name}")
+        connection.execute("PRAGMA user_version = 1")
+        connection.commit()
+
+
 def delete_and_remove(store: AdapterStore) -> None:
     for digest in store.delete("sql@2"):
         store.remove_blob(digest)
@@ -60,8 +75,14 @@ def publish_and_point(store: AdapterStore) -> None:
     store.publish("new", stage(store, "new"), facts_of("new"), labels={"a": "b"})
 
 
+def collect_and_remove(store: AdapterStore) -> None:
+    store.collect(RetentionPolicy(keep_versions=1, min_age_s=0), dry_run=False)
+    store.recover()
+
+
 OPERATIONS: dict[str, Callable[[AdapterStore], object]] = {
     "open": lambda store: None,
+    "migrate": lambda store: None,
     "publish": publish_and_point,
     "publish next version": lambda store: publish(store, "sql", "three"),
     "publish known content": lambda store: publish(store, "third", "two"),
@@ -71,12 +92,15 @@ OPERATIONS: dict[str, Callable[[AdapterStore], object]] = {
     ),
     "delete": delete_and_remove,
     "delete all": lambda store: store.delete("sql", all_versions=True),
+    "collect": collect_and_remove,
 }
 
 
 def main(operation: str, folder: Path) -> None:
     prepare(folder / "before")
-    if operation != "open":  # its left-overs are for that one only
+    if operation == "migrate":
+        downgrade(folder / "before")
+    elif operation != "open":  # its left-overs are for that one only
         AdapterStore(folder / "before").close()
     old = state_after(folder, lambda store: None)
     new = state_after(folder, OPERATIONS[operation])
@@ -108,7 +132,7 @@ def run_killed(root: Path, operation: str, kill_at: int) -> bool:
     """Runs the operation in a process that dies at its kill_at-th effect; False if it came to its end."""
     child = os.fork()
     if child == 0:
-        if operation == "open":
+        if operation in ("open", "migrate"):
             die_at(kill_at)
         store = AdapterStore(root)
         die_at(kill_at)
