@@ -206,6 +206,29 @@ class Adapters(adapters_pb2_grpc.AdapterServiceServicer):
         self.script.begin(request, context)
         yield from self.script.download or downloaded(self.script.files)
 
+    def WatchAdapters(self, request: Any, context: Any) -> Iterator[adapters_pb2.WatchAdaptersResponse]:
+        """What there is, if it is asked for; a change, a deletion; then the server goes away."""
+        self.script.begin(request, context)
+        for index in range(self.script.adapters if request.send_initial else 0):
+            yield adapters_pb2.WatchAdaptersResponse(adapter=adapter(f"a{index}", 1))
+        changed = adapter("sql", 3, {"team": "data"})
+        changed.pinned = True
+        yield adapters_pb2.WatchAdaptersResponse(adapter=changed)
+        gone = adapters_pb2.Adapter(
+            name="sql", version=2, digest=DIGEST, state=adapters_pb2.ADAPTER_STATE_DELETING
+        )
+        yield adapters_pb2.WatchAdaptersResponse(adapter=gone, deleted=True)
+        if self.script.endless:
+            self.script.ended.wait(20)
+        context.abort_with_status(rich(grpc.StatusCode.UNAVAILABLE, "the server is draining", "DRAINING"))
+
+    def CollectGarbage(self, request: Any, context: Any) -> adapters_pb2.CollectGarbageResponse:
+        self.script.begin(request, context)
+        gone = adapters_pb2.CollectedVersion(
+            name="sql", version=1, digest=DIGEST, reason="2 newer ones are READY", freed_bytes=2048
+        )
+        return adapters_pb2.CollectGarbageResponse(versions=[gone], freed_bytes=3072)
+
 
 class Server(server_pb2_grpc.ServerServiceServicer):
     def __init__(self, script: Script) -> None:

@@ -18,7 +18,10 @@ import pytest
 from quickchange.cli import COMMANDS, main
 from tests.quickchange.scripted import DIGEST, Script, queue_full, rich
 
-ACTIONS = ("push", "check", "list", "show", "alias", "pin", "unpin", "load", "unload", "rm", "pull")
+ACTIONS = (
+    *("push", "check", "list", "show", "alias", "pin", "unpin", "load", "unload", "rm", "pull"),
+    *("watch", "gc"),
+)
 
 Run = Callable[..., tuple[int, str, str]]
 
