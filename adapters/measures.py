@@ -1,4 +1,4 @@
-"""What an adapter's tensors amount to: identity, strength, and whether they are sane. Knows no files.
+"""What an adapter's tensors amount to: identity, strength, and whether they are sane. Knows no store.
 
 R rank, D in-features, O out-features.
 """
@@ -8,18 +8,21 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from adapters.bundle import Bundle
+from adapters.bundle import Bundle, read_bundle
 from adapters.errors import InvalidAdapterError, raise_first
-from adapters.spec import AdapterSpec
-from adapters.weights import LoraPair, dtype_name, tensor_name
+from adapters.files import CONFIG_FILE, WEIGHTS_FILE, open_regular, read_bounded
+from adapters.spec import MAX_CONFIG_BYTES, AdapterSpec, parse_spec
+from adapters.weights import LoraPair, dtype_name, read_header, tensor_name
 
 # Far above anything trained (the weights of a base layer have norms of 10 to 1000); activations times this
 # are still far below where float32 overflows.
 MAX_NORM = 1e9
 
+_CHUNK_BYTES = 1024 * 1024
 _DOMAIN = b"quickchange adapter 1\n"
 
 
@@ -65,8 +68,7 @@ def measure(
     Raises:
         InvalidAdapterError: reason NOT_FINITE, TOO_LARGE (naming every such tensor or module), or ALL_ZERO.
     """
-    sha256 = hashlib.sha256(_DOMAIN)
-    sha256.update(_line([spec.canonical(), None if bundle is None else bundle.canonical()]))
+    sha256 = _begun(spec, bundle)
     norms: dict[str, float] = {}
     faults: list[InvalidAdapterError] = []
     count = 0
@@ -97,6 +99,30 @@ def _not_finite(name: str) -> InvalidAdapterError:
     return InvalidAdapterError(
         f"tensor {name} has NaN or infinite values; retrain with a lower learning rate", reason="NOT_FINITE"
     )
+
+
+def stored_digest(directory: Path) -> str:
+    """The digest of an adapter's files, by themselves: without a base, and without reading them as a whole.
+
+    Raises:
+        InvalidAdapterError, UnsupportedAdapterError: they are no adapter's.
+    """
+    spec = parse_spec(read_bounded(directory / CONFIG_FILE, MAX_CONFIG_BYTES))
+    sha256 = _begun(spec, read_bundle(directory))
+    header = read_header(directory / WEIGHTS_FILE)
+    with open_regular(directory / WEIGHTS_FILE) as file:
+        for name, info in sorted(header.items()):
+            sha256.update(_line([name, info.dtype, list(info.shape)]))
+            file.seek(info.offset)
+            for start in range(0, info.size_bytes, _CHUNK_BYTES):
+                sha256.update(file.read(min(_CHUNK_BYTES, info.size_bytes - start)))
+    return f"sha256:{sha256.hexdigest()}"
+
+
+def _begun(spec: AdapterSpec, bundle: Bundle | None) -> "hashlib._Hash":
+    sha256 = hashlib.sha256(_DOMAIN)
+    sha256.update(_line([spec.canonical(), None if bundle is None else bundle.canonical()]))
+    return sha256
 
 
 def _module_norm(module: str, pair: LoraPair, scaling: float) -> float:

@@ -209,6 +209,11 @@ class Rows:
             for row in rows
         ]
 
+    def last_versions(self) -> dict[str, int]:
+        """The highest version there ever was, by name."""
+        rows = self._connection.execute("SELECT name, last_version FROM names")
+        return {row["name"]: row["last_version"] for row in rows}
+
     def last_version(self, name: str) -> int:
         """The highest version there ever was; 0 if there was none."""
         found = self._value("SELECT last_version FROM names WHERE name = ?", name)
@@ -311,6 +316,14 @@ class Transaction(Rows):
                 created_s or now_s,
                 now_s,
             ),
+        )
+
+    def raise_last_version(self, name: str, version: int) -> None:
+        """No number up to this one is given to a version of the name from now on."""
+        self._connection.execute(
+            "INSERT INTO names VALUES (?1, ?2) "
+            "ON CONFLICT (name) DO UPDATE SET last_version = max(last_version, ?2)",
+            (name, version),
         )
 
     def remove_version(self, name: str, version: int) -> None:

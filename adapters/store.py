@@ -9,12 +9,13 @@ one of them uses (`hold`) is not removed by another.
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from adapters.adoption import Adopted, adopt, check_clashes
 from adapters.blobs import BlobFolder, disk_errors
 from adapters.catalogue import Catalogue
 from adapters.changes import ChangeLog
@@ -32,6 +33,7 @@ from adapters.lookup import (
     same_content,
     token_after,
 )
+from adapters.manifest import ListedVersion
 from adapters.names import (
     NewestOf,
     Reference,
@@ -47,7 +49,7 @@ from adapters.names import (
 from adapters.recovery import recover, remove_unused
 from adapters.retention import Collection, RetentionPolicy
 from adapters.retention import doomed as doomed_by
-from adapters.rows import Content, Entry, Transaction
+from adapters.rows import Content, Entry, Rows, Transaction
 
 __all__ = ["AdapterFacts", "AdapterRecord", "AdapterState", "AdapterStore", "StoredFile"]
 
@@ -359,6 +361,55 @@ class AdapterStore:
         """Marks what is damaged, and removes what ended processes left and what nobody uses any more."""
         self._blobs.sweep()
         recover(self._catalogue, self._blobs)
+
+    @contextlib.contextmanager
+    def read_all(self) -> Iterator[Rows]:
+        """All that is listed, from one moment; while the block runs, no process removes a content's files."""
+        with self._blobs.holding_all(), self._catalogue.reading() as rows:
+            yield rows
+
+    def adopt(
+        self,
+        staged: Mapping[str, tuple[Path, AdapterFacts]],
+        versions: Sequence[ListedVersion],
+        last_versions: Mapping[str, int],
+        *,
+        renumber: bool,
+    ) -> tuple[Adopted, ...]:
+        """Takes over versions of another store, all in one step or none; see adoption.py for the rules.
+
+        Args:
+            staged: by digest, contents that are not here: a folder from `new_staging`, consumed by success,
+                and what was found out about exactly these files.
+
+        Raises:
+            AdapterExistsError, AdapterCorruptError, CapacityError.
+        """
+        sealed = {digest: self._seal(folder, facts) for digest, (folder, facts) in staged.items()}
+        try:
+            with self._catalogue.writing() as rows:
+                for digest, (folder, facts) in staged.items():
+                    self._keep(rows, folder, facts, sealed[digest])
+                adopted = adopt(rows, versions, last_versions, renumber=renumber)
+        except BaseException:
+            for digest in staged:
+                self._drop_orphan(digest)
+            raise
+        for folder, _ in staged.values():
+            self._blobs.discard(folder)
+        self._blobs.empty_trash()
+        return adopted
+
+    def check_clashes(self, versions: Sequence[ListedVersion], *, renumber: bool) -> None:
+        """Says now what `adopt` would say later: AdapterExistsError."""
+        with self._catalogue.reading() as rows:
+            check_clashes(rows, versions, renumber=renumber)
+
+    def missing(self, digests: Iterable[str]) -> set[str]:
+        """Those of the contents that are not here, or not READY."""
+        with self._catalogue.reading() as rows:
+            found = {digest: rows.content(digest) for digest in digests}
+        return {d for d, content in found.items() if content is None or content.state != AdapterState.READY}
 
     def path_of(self, digest: str) -> Path:
         """The folder with a content's files, which never change; AdapterNotFoundError if there is none."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from quickchange import __version__
-from quickchange.commands import adapters, chat, demo, doctor, generate, info, merge, serve, train
+from quickchange.commands import adapters, chat, demo, doctor, generate, info, merge, serve, store, train
 from quickchange.commands.failure import FAILED, CommandError
 from quickchange.errors import QuickchangeError
 from quickchange.threads import spin_briefly
@@ -21,6 +21,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "generate": generate,
     "chat": chat,
     "adapters": adapters,
+    "store": store,
     "info": info,
     "doctor": doctor,
     "demo": demo,

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from adapters.manifest import ListedVersion
 from adapters.retention import RetentionPolicy
 from adapters.store import AdapterState, AdapterStore
 from tests.adapters.staging import digest_of, facts_of, publish, stage
@@ -80,6 +81,17 @@ def collect_and_remove(store: AdapterStore) -> None:
     store.recover()
 
 
+def adopt(store: AdapterStore) -> None:
+    """The last step of an import: two contents, three versions, one of which is there already."""
+
+    def listed(name: str, version: int, content: str) -> ListedVersion:
+        return ListedVersion(name, version, digest_of(content), True, ("taken",), {"a": "b"}, "", 1.0)
+
+    staged = {digest_of(content): (stage(store, content), facts_of(content)) for content in ("x", "y")}
+    versions = [listed("new", 2, "x"), listed("sql", 1, "one"), listed("sql", 7, "y")]
+    store.adopt(staged, versions, {"new": 5}, renumber=False)
+
+
 OPERATIONS: dict[str, Callable[[AdapterStore], object]] = {
     "open": lambda store: None,
     "migrate": lambda store: None,
@@ -93,6 +105,7 @@ OPERATIONS: dict[str, Callable[[AdapterStore], object]] = {
     "delete": delete_and_remove,
     "delete all": lambda store: store.delete("sql", all_versions=True),
     "collect": collect_and_remove,
+    "import": adopt,
 }
 
 

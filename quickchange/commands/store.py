@@ -1,0 +1,96 @@
+"""`quickchange store …`: a store's folder as one file, and back. Needs no server, and may run beside some."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quickchange.commands.failure import CommandError, needs_extra
+from quickchange.commands.options import add_command, add_json_option, add_progress_option, progress_of
+from quickchange.commands.output import print_json, size
+from quickchange.progress import reporting
+
+if TYPE_CHECKING:
+    from adapters.store import AdapterStore
+    from quickchange.commands.options import Subparsers
+
+
+def add_parser(subparsers: "Subparsers") -> None:
+    parser = add_command(
+        subparsers,
+        "store",
+        "export a store of adapters to a file, or import one",
+        "  quickchange store export --store ./store --out adapters.tar\n"
+        "  quickchange store import --store ./other adapters.tar",
+    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    export = add_command(
+        actions,
+        "export",
+        "write a store's READY versions, names and aliases to one file; servers may go on using it",
+        "  quickchange store export --store ./store --out adapters.tar --name sql",
+    )
+    export.add_argument("--out", required=True, type=Path, metavar="FILE", help="the archive; must not exist")
+    load = add_command(
+        actions,
+        "import",
+        "publish all that an archive holds, or nothing; servers may go on using the store",
+        "  quickchange store import --store ./store adapters.tar --renumber",
+    )
+    load.add_argument("archive", type=Path, metavar="FILE", help="from `quickchange store export`")
+    load.add_argument(
+        "--renumber",
+        action="store_true",
+        help="give a version the next number where its own is taken or was used (default: refuse)",
+    )
+    for each in (export, load):
+        each.add_argument("--store", required=True, type=Path, metavar="DIR", help="the folder of the store")
+        each.add_argument(
+            "--name", action="append", default=[], metavar="N", help="only this adapter; may be repeated"
+        )
+        add_progress_option(each)
+        add_json_option(each)
+
+
+def run(args: argparse.Namespace) -> int:
+    with needs_extra("server"):
+        from adapters.errors import AdapterError
+        from adapters.store import AdapterStore
+    if args.action == "export" and not (args.store / "catalogue.sqlite3").is_file():
+        raise CommandError(f"{args.store} is no store of adapters; give the folder that a server was given")
+    try:
+        with AdapterStore(args.store) as store:
+            _export(store, args) if args.action == "export" else _import(store, args)
+    except AdapterError as error:
+        raise CommandError(str(error)) from error
+    return 0
+
+
+def _export(store: "AdapterStore", args: argparse.Namespace) -> None:
+    from adapters.export_archive import export_store
+
+    with reporting(progress_of(args), "export") as report:
+        done = export_store(store, args.out, names=args.name, report=report)
+    if args.json:
+        print_json(done)
+        return
+    print(f"{args.out}: {done.versions} versions, {done.contents} contents, {size(done.size_bytes)}")
+    for reference in done.left_out:
+        print(f"left out: {reference} is FAILED")
+
+
+def _import(store: "AdapterStore", args: argparse.Namespace) -> None:
+    with needs_extra("server"):
+        from adapters.import_archive import import_store
+    with reporting(progress_of(args), "import") as report:
+        adopted = import_store(store, args.archive, names=args.name, renumber=args.renumber, report=report)
+    if args.json:
+        print_json(adopted)
+        return
+    for each in adopted:
+        if each.created:
+            renamed = "" if each.version == each.listed.version else f" (was {each.listed.reference})"
+            print(f"{each.listed.name}@{each.version} {each.listed.digest}{renamed}")
+        for alias in each.aliases_left:
+            print(f"{each.listed.name}:{alias} stays where it points here")
+    created = sum(each.created for each in adopted)
+    print(f"{created} versions imported, {len(adopted) - created} were there already")
