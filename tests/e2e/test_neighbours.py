@@ -1,7 +1,7 @@
 """Two servers on one store: what one does the other takes up, and neither takes anything from the other."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,7 @@ def test_what_is_idle_in_memory_leaves_it_when_another_server_deletes_it(
     eventually(lambda: client.server_info().capacity.adapter_device_bytes_used < before)
 
 
+@pytest.mark.slow
 def test_a_killed_server_keeps_nothing_from_being_removed(
     server: ServerProcess, client: Client, base: Path, own_content: Path
 ) -> None:
@@ -149,3 +150,20 @@ def test_collecting_deletes_by_policy_and_tells_why(
     eventually(lambda: not blob_exists(server, digest))
     for name in ("old", "pinned-a", "pinned-b", "pinned-c"):
         client.adapters.delete(name, all_versions=True)
+
+
+def test_a_server_collects_by_itself_if_told(
+    own_server: Callable[..., ServerProcess], adapters: Mapping[str, Path]
+) -> None:
+    server = own_server(store__gc_interval_s=1, store__gc_keep_versions=1, store__gc_min_age_s=0)
+    with server.client() as client, client.adapters.watch() as events:
+        for name in "abc":
+            client.adapters.push(adapters[name], "sql")
+            client.adapters.alias("sql", "newest", {"a": 1, "b": 2, "c": 3}[name])
+        gone: set[str] = set()
+        while gone != {"sql@1", "sql@2"}:
+            event = next(events)
+            if event.deleted:
+                gone.add(event.adapter.reference)
+        assert [adapter.reference for adapter in client.adapters.list()] == ["sql@3"]
+    eventually(lambda: len(list((server.store / "blobs/sha256").iterdir())) == 1)

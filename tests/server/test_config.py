@@ -158,3 +158,9 @@ def test_settings_cannot_be_changed_after_construction() -> None:
     settings = settings_from({"base": "b"}, {})
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.engine.threads = 3  # type: ignore[misc]  # what is tested
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/store", "file:///store", "memory://"])
+def test_a_store_is_a_folder(url: str) -> None:
+    with pytest.raises(SettingsError, match="must be a folder of this machine"):
+        settings_from({"base": "smollm2", "store": url}, {})
