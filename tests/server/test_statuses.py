@@ -39,6 +39,7 @@ EXPECTED = {
     adapter_errors.StaleEtagError: "ABORTED",
     adapter_errors.AdapterCorruptError: "DATA_LOSS",
     adapter_errors.UploadOffsetError: "OUT_OF_RANGE",
+    adapter_errors.ChangesLostError: "UNAVAILABLE",
     adapter_errors.CapacityError: "RESOURCE_EXHAUSTED",
 }
 
