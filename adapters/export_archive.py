@@ -45,10 +45,12 @@ def export_store(
         AdapterNotFoundError: there is no adapter of such a name.
         AdapterCorruptError: a file is damaged; its versions are FAILED now, and left out the next time.
         CapacityError: the disk does not take it.
-        InvalidAdapterError: the target is there already.
+        InvalidAdapterError: the target is there already, or its folder is not.
     """
     if target.exists():
         raise InvalidAdapterError(f"{target} is there already; give another name", reason="FILE_EXISTS")
+    if not target.parent.is_dir():
+        raise InvalidAdapterError(f"{target.parent} is no folder; make it first", reason="NO_FOLDER")
     with store.read_all() as rows, disk_errors():
         manifest, left_out = _manifest(rows, names)
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)

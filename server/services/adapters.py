@@ -201,7 +201,7 @@ def _policy_of(request: adapters_pb2.CollectGarbageRequest, default: RetentionPo
     return RetentionPolicy(
         keep_versions=request.keep_versions if request.HasField("keep_versions") else default.keep_versions,
         min_age_s=(
-            request.min_age.ToTimedelta().total_seconds()
+            request.min_age.seconds + request.min_age.nanos / 1e9
             if request.HasField("min_age")
             else default.min_age_s
         ),

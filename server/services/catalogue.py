@@ -70,15 +70,15 @@ class Catalogue:
         """
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._preparing.add(over)
-        lease: Lease | None = None
+        leases: list[Lease] = []
         try:
             record = None
             if reference:
-                record, lease = await self._workers.run(self.store.hold, reference)
+                record = await self._workers.run(self._hold, reference, leases)
                 self._names[record.facts.digest] = record.name
             yield record
         finally:
-            if lease is not None:
+            for lease in leases:
                 lease.release()
             self._preparing.discard(over)
             over.set_result(None)
@@ -177,6 +177,13 @@ class Catalogue:
         ]
 
     # In a worker
+
+    def _hold(self, reference: str, leases: list[Lease]) -> AdapterRecord:
+        """Puts the lease into the caller's list, where it finds it even if it was cancelled meanwhile."""
+        record, lease = self.store.hold(reference)
+        if lease is not None:
+            leases.append(lease)
+        return record
 
     def _bundle_of(self, digest: str) -> Bundle | None:
         return read_bundle(self.store.path_of(digest))
