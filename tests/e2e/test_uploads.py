@@ -358,7 +358,6 @@ def test_what_is_not_there_yet_says_so(stub: Any) -> None:
     calls = [
         lambda: stub.QueryUpload(adapters_pb2.QueryUploadRequest(upload_id="x")),
         lambda: stub.CancelUpload(adapters_pb2.CancelUploadRequest(upload_id="x")),
-        lambda: list(stub.WatchAdapters(adapters_pb2.WatchAdaptersRequest())),
     ]
     for call in calls:
         with pytest.raises(grpc.RpcError) as caught:
