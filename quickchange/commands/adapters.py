@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quickchange.commands.interruptible import interruptible
+from quickchange.commands import following
 from quickchange.commands.options import (
     add_command,
     add_json_option,
@@ -19,10 +19,10 @@ from quickchange.commands.options import (
     open_client,
     progress_of,
 )
-from quickchange.commands.output import print_facts, print_json, print_json_line, print_table, short, size
+from quickchange.commands.output import print_facts, print_json, print_table, short, size
 from quickchange.commands.report import print_report, summary
 from quickchange.errors import QuickchangeError
-from quickchange.types import Adapter, AdapterEvent, AdapterState, UploadResult
+from quickchange.types import Adapter, AdapterState, UploadResult
 
 if TYPE_CHECKING:
     from quickchange.client import Client
@@ -51,8 +51,8 @@ def add_parser(subparsers: "Subparsers") -> None:
     _add_on_reference(actions, "unload", "let an adapter leave the device")
     _add_remove(actions)
     _add_pull(actions)
-    _add_watch(actions)
-    _add_gc(actions)
+    following.add_watch(actions)
+    following.add_gc(actions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -186,42 +186,6 @@ def _add_pull(actions: "Subparsers") -> None:
     parser.add_argument("reference", metavar="REF", help=_REFERENCE)
     parser.add_argument("directory", metavar="DIR", type=Path, help="a folder that is new or empty")
     add_progress_option(parser)
-    add_server_options(parser)
-
-
-def _add_watch(actions: "Subparsers") -> None:
-    parser = add_command(
-        actions,
-        "watch",
-        "show changes of adapters as they happen, one to a line",
-        "  quickchange adapters watch\n  quickchange adapters watch --initial --json",
-    )
-    parser.add_argument("--initial", action="store_true", help="begin with every adapter that is there")
-    add_json_option(parser)
-    add_server_options(parser)
-
-
-def _add_gc(actions: "Subparsers") -> None:
-    parser = add_command(
-        actions,
-        "gc",
-        'delete old versions; what has an alias, a pin or the label "keep" stays',
-        "  quickchange adapters gc --dry-run\n  quickchange adapters gc --keep 3 --min-age 86400",
-    )
-    parser.add_argument(
-        "--keep",
-        type=int,
-        metavar="N",
-        help="newest ready versions of each name that stay (default: the server's setting)",
-    )
-    parser.add_argument(
-        "--min-age",
-        type=float,
-        metavar="S",
-        help="whatever is younger than so many seconds stays (default: the server's setting)",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="change nothing, show what would go and why")
-    add_json_option(parser)
     add_server_options(parser)
 
 
@@ -384,45 +348,6 @@ def _pull(client: "Client", args: argparse.Namespace) -> None:
     print(f"{result.adapter.reference} {result.directory} ({size(result.size_bytes)})")
 
 
-def _watch(client: "Client", args: argparse.Namespace) -> None:
-    with client.adapters.watch(send_initial=args.initial) as events:
-        for event in interruptible(events):
-            if args.json:
-                print_json_line(event)
-            else:
-                print(_happened(event), flush=True)
-
-
-def _happened(event: AdapterEvent) -> str:
-    adapter = event.adapter
-    if event.deleted:
-        return f"{adapter.reference} deleted"
-    facts = [adapter.reference, adapter.state, adapter.residency]
-    facts += ["pinned"] if adapter.pinned else []
-    facts += [f":{alias}" for alias in adapter.aliases]
-    facts += [f"{key}={value}" for key, value in sorted(adapter.labels.items())]
-    facts += [f"({adapter.error})"] if adapter.error else []
-    return " ".join(facts)
-
-
-def _gc(client: "Client", args: argparse.Namespace) -> None:
-    collection = client.adapters.collect_garbage(
-        keep_versions=args.keep, min_age_s=args.min_age, dry_run=args.dry_run
-    )
-    if args.json:
-        print_json(collection)
-        return
-    if collection.versions:
-        rows = [(each.reference, size(each.freed_bytes), each.reason) for each in collection.versions]
-        print_table(("ADAPTER", "FREES", "WHY"), rows)
-    would = "would be " if args.dry_run else ""
-    count = len(collection.versions)
-    print(
-        f"{count} version{'s' if count != 1 else ''} {would}deleted, "
-        f"{size(collection.freed_bytes)} {would}freed"
-    )
-
-
 _ACTIONS: Mapping[str, Callable[["Client", argparse.Namespace], None]] = {
     "push": _push,
     "check": _check,
@@ -435,6 +360,6 @@ _ACTIONS: Mapping[str, Callable[["Client", argparse.Namespace], None]] = {
     "unload": _unload,
     "rm": _remove,
     "pull": _pull,
-    "watch": _watch,
-    "gc": _gc,
+    "watch": following.watch,
+    "gc": following.collect,
 }
