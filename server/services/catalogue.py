@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from adapters.bundle import Bundle, read_bundle
-from adapters.facts import AdapterRecord
+from adapters.errors import AdapterError
+from adapters.facts import AdapterRecord, AdapterState
 from adapters.store import MAX_PAGE_SIZE, AdapterStore
 from server.engine import Engine
 from server.metrics import OTHER_LABEL, ResidentAdapter
@@ -101,11 +102,24 @@ class Catalogue:
             log.exception("adapter not removed digest=%s; the next start does it", digest)
 
     async def apply_pins(self) -> None:
-        """Tells the engine which adapters are pinned, after a start."""
-        for record in await self._workers.run(self.all_records):
-            if record.pinned:
-                self._names[record.facts.digest] = record.name
-                await self._engine.pin(record.facts.digest, True)
+        """Tells the engine which adapters are pinned, after a start, and has them loaded."""
+        records = [record for record in await self._workers.run(self.all_records) if record.pinned]
+        for record in records:
+            self._names[record.facts.digest] = record.name
+            await self._engine.pin(record.facts.digest, True)
+        for record in records:
+            await self._load_pinned(record)
+
+    async def _load_pinned(self, record: AdapterRecord) -> None:
+        if record.state is not AdapterState.READY:
+            log.warning("pinned adapter not loaded adapter=%s: it is %s", record.reference, record.state)
+            return
+        try:
+            await self._engine.load(record.facts.digest)
+        except AdapterError as error:
+            log.warning("pinned adapter not loaded adapter=%s: %s", record.reference, error)
+        else:
+            log.info("pinned adapter loaded adapter=%s", record.reference)
 
     async def _sync_pin(self, digest: str) -> None:
         """A content is pinned while any version that has it is."""
@@ -117,7 +131,10 @@ class Catalogue:
         """What is in memory, by name; any thread."""
         return [
             ResidentAdapter(
-                self._names.get(resident.digest, OTHER_LABEL), "device", resident.pinned, resident.size_bytes
+                self._names.get(resident.digest, OTHER_LABEL),
+                resident.tier,
+                resident.pinned,
+                resident.size_bytes,
             )
             for resident in self._engine.residents()
         ]
