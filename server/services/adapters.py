@@ -100,9 +100,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def LoadAdapter(
         self, request: adapters_pb2.LoadAdapterRequest, context: Context
     ) -> adapters_pb2.LoadAdapterResponse:
+        wanted = convert.tier_to_load(request.tier)
         async with self._catalogue.preparing(request.adapter) as record:
             named = _named(record)
-            tier = await self._engine.load(named.facts.digest, convert.tier_to_load(request.tier))
+            tier = await self._engine.load(named.facts.digest, wanted)
         return adapters_pb2.LoadAdapterResponse(adapter=convert.adapter(named, tier))
 
     async def UnloadAdapter(
