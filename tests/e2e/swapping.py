@@ -23,7 +23,7 @@ from tests.parity.oracle import Oracle
 
 HEAD = "a beginning that every prompt shares, longer than two blocks of keys and values: "
 PROMPTS = tuple(HEAD + tail for tail in ("one", "number two", "and the third of them"))
-ANSWER_TOKENS = 32
+ANSWER_TOKENS = 24
 _PROBE_TOKENS = 6
 _KEPT_VERSIONS = 3
 
