@@ -1,60 +1,67 @@
-"""Which adapters are on the device: loads, references, pins and evicts them by bytes. Knows no requests.
+"""Which adapters are in memory: disk → host → device, by bytes; references, pins, moves. Knows no requests.
 
-Two tiers so far: disk (the store) and device. Everything here belongs to the engine's thread but for the load
-itself, which one loader thread does so that neither the engine nor the event loop ever waits for a file.
+An adapter is in one tier at a time. Everything here belongs to the engine's thread; files are read and bytes
+copied in the loader's, so that neither the engine nor the event loop ever waits for them.
 """
 
-import heapq
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence, Set
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 
-from adapters.errors import AdapterCorruptError, AdapterError, AdapterNotFoundError, CapacityError
-from adapters.factors import device_factors
-from adapters.files import CONFIG_FILE, WEIGHTS_FILE
+from adapters.copies import FactorCopies
+from adapters.device_tier import DeviceTier
+from adapters.errors import AdapterError, AdapterNotFoundError, CapacityError
+from adapters.eviction import Eviction, policies
+from adapters.factors import bytes_of
+from adapters.host_tier import HostTier
 from adapters.layers import AdapterSlots
 from adapters.layout import BaseLayout
-from adapters.spec import parse_spec
+from adapters.loader import AdapterLoader, Loaded
 from adapters.store import AdapterStore
-from adapters.weights import load_pairs
-from kernels.lora import LoraFactors
+from adapters.tier import Resident, TierBudgets, TierName, Whereabouts
 
 log = logging.getLogger(__name__)
 
 _SIZES_KEPT = 4096
 
-
-@dataclass(slots=True)
-class _Resident:
-    slot: int
-    size_bytes: int
-    references: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Loading:
-    future: "Future[dict[str, LoraFactors]]"
-    reserved_bytes: int
-    began_s: float
+Source = Literal["disk", "host"]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOutcome:
-    """How a load ended; error is None if the adapter is on the device now."""
+    """How a load ended; error is None if the adapter is in the tier now.
+
+    Attributes:
+        seconds: since it was asked for.
+    """
 
     digest: str
+    tier: TierName
+    source: Source
     seconds: float
     error: AdapterError | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Loading:
+    future: "Future[Loaded]"
+    tier: TierName
+    source: Source
+    began_s: float
+
+
 class AdapterResidency:
-    """The device tier. Bytes are charged when a load begins, by the adapter's own size, within the budget."""
+    """The tiers in memory. Bytes are charged when a move begins, by the adapter's own size.
+
+    Attributes:
+        changes: another number whenever `residents` would give another answer.
+    """
 
     def __init__(
         self,
@@ -64,114 +71,171 @@ class AdapterResidency:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        budget_bytes: int,
+        budgets: TierBudgets,
+        eviction: Eviction,
         wake: Callable[[], None],
-        on_eviction: Callable[[], None],
+        on_eviction: Callable[[TierName], None],
     ) -> None:
         """
         Args:
             dtype: type in which factors are kept and applied.
-            budget_bytes: device memory for adapters.
-            wake: called from the loader thread when a load has ended and `collect` should be called.
-            on_eviction: called for every adapter that has to leave.
+            wake: called from a loader's thread when `collect` should be called.
+            on_eviction: called for every adapter that has to leave a tier.
         """
-        self.budget_bytes = budget_bytes
-        self._store, self._layout, self._slots = store, layout, slots
-        self._device, self._dtype = device, dtype
+        self.changes = 0
+        self.budgets = budgets
         self._wake, self._on_eviction = wake, on_eviction
-        self._resident: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
+        self._pinned: set[str] = set()
+        of_device, of_host = policies(eviction, tiers=2)
+        self._device = DeviceTier(slots, budgets.device_bytes, of_device, self._pinned)
+        self._host = HostTier(budgets.host_bytes, of_host, self._pinned)
+        self._copies = FactorCopies(device)
+        self._loader = AdapterLoader(store, layout, self._copies, dtype)
         self._loading: dict[str, _Loading] = {}
         self._refused: dict[str, AdapterError] = {}
-        self._pinned: set[str] = set()
-        self._free_slots: list[int] = []
-        self._next_slot = 1
         # Asked for in every step while an adapter waits for room; a content never changes.
-        self._device_bytes = lru_cache(maxsize=_SIZES_KEPT)(self._read_device_bytes)
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
-        self._verifier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-verifier")
+        self._bytes_of = lru_cache(maxsize=_SIZES_KEPT)(
+            lambda digest: bytes_of(store.facts_of(digest), layout, dtype)
+        )
+
+    # What there is
 
     @property
     def used_bytes(self) -> int:
         """Bytes on the device and on their way there."""
-        return sum(r.size_bytes for r in self._resident.values()) + sum(
-            load.reserved_bytes for load in self._loading.values()
-        )
+        return self._device.used_bytes
 
-    def residents(self) -> Iterator[tuple[str, int, bool]]:
-        """Digest, bytes and whether pinned, of every adapter on the device."""
-        for digest, resident in self._resident.items():
-            yield digest, resident.size_bytes, digest in self._pinned
+    @property
+    def host_used_bytes(self) -> int:
+        """Bytes in the host tier and on their way there."""
+        return self._host.used_bytes
+
+    def residents(self) -> Iterator[Resident]:
+        """Every adapter in memory."""
+        for digest, size_bytes in self._device:
+            yield Resident(digest, size_bytes, digest in self._pinned, "device")
+        for digest, size_bytes in self._host:
+            yield Resident(digest, size_bytes, digest in self._pinned, "host")
+
+    def whereabouts(self, digest: str) -> Whereabouts:
+        """The tier it is in now."""
+        return "device" if digest in self._device else "host" if digest in self._host else "disk"
 
     def is_resident(self, digest: str) -> bool:
-        return digest in self._resident
+        """Whether it is on the device."""
+        return digest in self._device
 
     def is_loading(self, digest: str) -> bool:
         """Whether a load is under way, or has ended badly and is not collected yet: the wait is bounded."""
         return digest in self._loading or digest in self._refused
+
+    # Use by requests
 
     def acquire(self, digest: str) -> int | None:
         """A slot holding the adapter, referenced until `release`; None while it is not there.
 
         Begins the load if there is room or room can be made.
         """
-        resident = self._resident.get(digest)
-        if resident is None:
+        if digest not in self._device:
             self.prefetch(digest)
             return None
-        resident.references += 1
-        self._resident.move_to_end(digest)
-        return resident.slot
+        self._device.use(digest)
+        return self._device.acquire(digest).slot
 
     def release(self, digest: str) -> None:
         """Gives one reference back."""
-        resident = self._resident[digest]
-        assert resident.references > 0, f"{digest} released more often than acquired"
-        resident.references -= 1
-
-    def prefetch(self, digest: str) -> None:
-        """Begins a load unless it is there, under way, or there is no room now."""
-        if digest in self._resident or self.is_loading(digest):
-            return
-        try:
-            size_bytes = self._device_bytes(digest)
-            if not self._make_room(size_bytes):
-                return
-        except AdapterError as error:
-            self._refused[digest] = error
-            self._wake()
-            return
-        future = self._loader.submit(self._load, digest)
-        self._loading[digest] = _Loading(future, size_bytes, time.monotonic())
-        future.add_done_callback(lambda _: self._wake())
+        self._device.release(digest)
 
     def in_the_way(self, digest: str, order: Sequence[str]) -> Set[str]:
         """Adapters in use, the first of `order`, without which this one would fit.
 
         None while others are loading: they end soon, and may make room or need it.
         """
-        if self._loading:
+        if self._device.is_expecting:
             return frozenset()
-        idle = sum(
-            r.size_bytes for d, r in self._resident.items() if not r.references and d not in self._pinned
-        )
-        missing = self.used_bytes - idle + self._device_bytes(digest) - self.budget_bytes
-        chosen: set[str] = set()
-        for other in order:
-            if missing <= 0:
-                break
-            if other in self._resident and other not in self._pinned:
-                chosen.add(other)
-                missing -= self._resident[other].size_bytes
-        return chosen
+        return self._device.in_the_way(self._bytes_of(digest), order)
+
+    # Moves
+
+    def prefetch(self, digest: str) -> None:
+        """Begins a load to the device unless it is there, under way, or there is no room now.
+
+        What makes it impossible is told by `collect`.
+        """
+        if digest in self._device or self.is_loading(digest):
+            return
+        try:
+            size_bytes = self._bytes_of(digest)
+            self._device.check_fits(size_bytes)
+        except AdapterError as error:
+            self._refused[digest] = error
+            self._wake()
+            return
+        if digest in self._host:
+            self._promote(digest, size_bytes)
+        elif self._make_room_on_device(size_bytes):
+            self._device.reserve(digest, size_bytes)
+            self._began(digest, self._loader.read(digest, "device"), "device", "disk")
+
+    def prefetch_to_host(self, digest: str) -> None:
+        """Begins a load to the host unless it is in memory, under way, or there is no room now.
+
+        Raises:
+            CapacityError: there can be no room for it, or there is no host tier.
+            AdapterNotFoundError
+        """
+        if self.whereabouts(digest) != "disk" or self.is_loading(digest):
+            return
+        size_bytes = self._copies.host_bytes(self._bytes_of(digest))
+        self._host.check_fits(size_bytes)
+        if self._make_room_on_host(size_bytes):
+            self._host.reserve(digest, size_bytes)
+            self._began(digest, self._loader.read(digest, "host"), "host", "disk")
+
+    def pin(self, digest: str, pinned: bool) -> None:
+        """A pinned adapter does not leave its tier to make room."""
+        if pinned:
+            self._pinned.add(digest)
+        else:
+            self._pinned.discard(digest)
+        self.changes += 1
+
+    def demote(self, digest: str) -> None:
+        """Lets an adapter go from the device to the host, or to disk where the host has no room for it.
+
+        Nothing happens while a request uses it.
+        """
+        if digest in self._device and not self._device.references_to(digest):
+            self._leave_device(digest, evicted=False)
+
+    def evict(self, digest: str) -> bool:
+        """Takes an adapter out of memory unless it is in use or moving; True if none of it is there then."""
+        self._take_arrivals()
+        if digest in self._loading:
+            return False
+        for tier in (self._device, self._host):
+            if digest in tier and tier.references_to(digest):
+                return False
+        if digest in self._device:
+            self._device.leave(digest, evicted=False)
+            self.changes += 1
+        if digest in self._host:
+            self._host.take(digest)
+            self.changes += 1
+        return True
 
     @property
     def has_news(self) -> bool:
-        """Whether `collect` would report something."""
-        return bool(self._refused) or any(load.future.done() for load in self._loading.values())
+        """Whether `collect` would change something."""
+        ended = any(load.future.done() for load in self._loading.values())
+        return ended or bool(self._refused) or self._host.has_arrivals
 
     def collect(self) -> list[LoadOutcome]:
-        """Puts adapters whose load has ended into their slots; reports every ended load once."""
-        outcomes = [LoadOutcome(digest, 0.0, error) for digest, error in self._refused.items()]
+        """Puts adapters that have arrived where they belong; reports every ended load once."""
+        self._take_arrivals()
+        outcomes = [
+            LoadOutcome(digest, "device", "disk", 0.0, error) for digest, error in self._refused.items()
+        ]
         self._refused.clear()
         for digest, load in list(self._loading.items()):
             if load.future.done():
@@ -179,107 +243,86 @@ class AdapterResidency:
                 outcomes.append(self._settle(digest, load))
         return outcomes
 
-    def pin(self, digest: str, pinned: bool) -> None:
-        """A pinned adapter is not evicted to make room."""
-        if pinned:
-            self._pinned.add(digest)
-        else:
-            self._pinned.discard(digest)
-
-    def evict(self, digest: str) -> bool:
-        """Takes an adapter off the device unless a request uses it; True if it is not there afterwards."""
-        resident = self._resident.get(digest)
-        if resident is None:
-            return digest not in self._loading
-        if resident.references:
-            return False
-        del self._resident[digest]
-        self._slots.clear(resident.slot)
-        heapq.heappush(self._free_slots, resident.slot)
-        return True
-
     def close(self) -> None:
-        """Ends the loader threads after their current load."""
-        self._loader.shutdown(wait=True, cancel_futures=True)
-        self._verifier.shutdown(wait=True)
+        """Ends the loader's threads after what they are doing now."""
+        self._loader.close()
 
-    def _read_device_bytes(self, digest: str) -> int:
-        """Upper bound of what the adapter takes on the device, known before it is read."""
-        facts = self._store.facts_of(digest)
-        return facts.parameter_count * self._dtype.itemsize
+    # Leaving
 
-    def _make_room(self, size_bytes: int) -> bool:
-        """Evicts least recently used adapters until so many bytes are free; evicts none if that cannot be."""
-        if size_bytes > self.budget_bytes:
-            raise CapacityError(
-                f"the adapter needs {size_bytes} bytes on the device and all adapters together may have "
-                f"{self.budget_bytes}; start the server with a larger --adapter-device-bytes",
-                reason="ADAPTER_TOO_LARGE",
-            )
-        pinned = sum(r.size_bytes for d, r in self._resident.items() if d in self._pinned)
-        if size_bytes + pinned > self.budget_bytes:
-            raise CapacityError(
-                f"the adapter needs {size_bytes} bytes on the device, and pinned ones hold {pinned} of the "
-                f"{self.budget_bytes} for all; unpin one or start the server with a larger "
-                "--adapter-device-bytes",
-                reason="ADAPTERS_PINNED",
-            )
-        missing = self.used_bytes + size_bytes - self.budget_bytes
-        victims = []
-        for digest, resident in self._resident.items():
-            if missing <= 0:
-                break
-            if not resident.references and digest not in self._pinned:
-                victims.append(digest)
-                missing -= resident.size_bytes
-        if missing > 0:
-            return False
-        for digest in victims:
-            self.evict(digest)
-            self._on_eviction()
-        return True
+    def _make_room_on_device(self, size_bytes: int) -> bool:
+        """Lets others go until so many bytes are free; none if that cannot be."""
+        victims = self._device.victims_for(size_bytes)
+        for digest in victims or ():
+            self._leave_device(digest, evicted=True)
+            self._on_eviction("device")
+        return victims is not None
 
-    def _load(self, digest: str) -> dict[str, LoraFactors]:
-        """Runs in the loader thread: disk → checked tensors on the device."""
-        # Hashing runs beside the reading, and without the interpreter.
-        verified = self._verifier.submit(self._verify, digest)
-        try:
-            folder = self._store.path_of(digest)
-            spec = parse_spec((folder / CONFIG_FILE).read_bytes())
-            pairs = load_pairs(folder / WEIGHTS_FILE, spec, self._layout)
-            return device_factors(pairs, spec, self._device, self._dtype)
-        finally:
-            verified.result()  # that the files changed explains any other error
+    def _make_room_on_host(self, size_bytes: int) -> bool:
+        victims = self._host.victims_for(size_bytes)
+        for digest in victims or ():
+            self._host.take(digest, evicted=True)
+            self._on_eviction("host")
+            self.changes += 1
+        return victims is not None
 
-    def _verify(self, digest: str) -> None:
-        try:
-            self._store.verify(digest)
-        except AdapterCorruptError as error:
-            self._store.mark_failed(digest, str(error))
-            raise
+    def _leave_device(self, digest: str, *, evicted: bool) -> None:
+        loaded = self._device.leave(digest, evicted=evicted)
+        self.changes += 1
+        size_bytes = self._copies.host_bytes(self._bytes_of(digest))
+        if self._make_room_on_host(size_bytes):
+            future = self._loader.demote(loaded)
+            self._host.enter(digest, size_bytes, future, loaded.disk_s)
+            future.add_done_callback(lambda _: self._wake())
+
+    def _take_arrivals(self) -> None:
+        self.changes += self._host.take_arrivals()
+
+    # Arriving
+
+    def _promote(self, digest: str, size_bytes: int) -> None:
+        on_host = self._host.acquire(digest)  # so that it does not have to go for those whom it drives out
+        if self._make_room_on_device(size_bytes):
+            self._device.reserve(digest, size_bytes)
+            self._began(digest, self._loader.promote(digest, on_host), "device", "host")
+        else:
+            self._host.release(digest)
+
+    def _began(self, digest: str, future: "Future[Loaded]", tier: TierName, source: Source) -> None:
+        self._loading[digest] = _Loading(future, tier, source, time.monotonic())
+        future.add_done_callback(lambda _: self._wake())
 
     def _settle(self, digest: str, load: _Loading) -> LoadOutcome:
         seconds = time.monotonic() - load.began_s
-        try:
-            factors = load.future.result()
-        except AdapterError as error:
-            return LoadOutcome(digest, seconds, error)
-        except (OSError, RuntimeError, MemoryError) as error:  # disk, device or host memory
-            log.exception("adapter load failed digest=%s", digest)
-            failure = AdapterNotFoundError if isinstance(error, FileNotFoundError) else CapacityError
-            return LoadOutcome(
-                digest, seconds, failure(f"adapter {digest} could not be loaded; see the server's log")
-            )
-        slot = heapq.heappop(self._free_slots) if self._free_slots else self._take_new_slot()
-        self._slots.fill(slot, factors)
-        self._resident[digest] = _Resident(slot, _bytes_of(factors))
-        log.info("adapter resident digest=%s slot=%d seconds=%.3f", digest, slot, seconds)
-        return LoadOutcome(digest, seconds, None)
+        error = _error_of(digest, load.future)
+        if load.source == "host":
+            self._host.release(digest)
+        if error is not None:
+            (self._device if load.tier == "device" else self._host).cancel(digest)
+        elif load.tier == "host":
+            self._host.settle(digest, load.future, load.future.result().disk_s)
+        else:
+            self._device.enter(digest, load.future.result())
+            if load.source == "host":
+                self._host.fetched(digest)
+        self.changes += 1
+        log.info(
+            "adapter %s digest=%s tier=%s source=%s seconds=%.3f",
+            "loaded" if error is None else "not loaded",
+            digest,
+            load.tier,
+            load.source,
+            seconds,
+        )
+        return LoadOutcome(digest, load.tier, load.source, seconds, error)
 
-    def _take_new_slot(self) -> int:
-        self._next_slot += 1
-        return self._next_slot - 1
 
-
-def _bytes_of(factors: Mapping[str, LoraFactors]) -> int:
-    return sum(pair.nbytes for pair in factors.values())
+def _error_of(digest: str, future: "Future[Loaded]") -> AdapterError | None:
+    """Why a load failed, as callers may see it."""
+    error = future.exception()
+    if error is None or isinstance(error, AdapterError):
+        return error
+    if not isinstance(error, OSError | RuntimeError | MemoryError):  # disk, device or host memory
+        raise error
+    log.error("adapter load failed digest=%s", digest, exc_info=error)
+    failure = AdapterNotFoundError if isinstance(error, FileNotFoundError) else CapacityError
+    return failure(f"adapter {digest} could not be loaded; see the server's log")

@@ -8,7 +8,15 @@ from quickchange import answers, requests
 from quickchange.calls import Calls, ResponseStream
 from quickchange.download import Download
 from quickchange.progress import Progress, Report, reporting
-from quickchange.types import Adapter, AdapterEvent, AdapterState, Collection, PullResult, UploadResult
+from quickchange.types import (
+    Adapter,
+    AdapterEvent,
+    AdapterState,
+    Collection,
+    PullResult,
+    Residency,
+    UploadResult,
+)
 from quickchange.upload import UploadPlan
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 
@@ -140,15 +148,22 @@ class AdapterClient:
         """Replaces all labels."""
         return self._update(requests.update_adapter_request(reference, etag=etag, labels=labels))
 
-    def load(self, reference: str) -> Adapter:
-        """Brings an adapter to the device now, so that the next request does not wait for it."""
-        request = adapters_pb2.LoadAdapterRequest(adapter=reference)
+    def load(self, reference: str, tier: Residency | str = Residency.DEVICE) -> Adapter:
+        """Brings an adapter to the device, or to host memory, now: the next request does not wait for disk.
+
+        Raises:
+            ResourceExhaustedError: no room while the others there are in use, or no such tier.
+        """
+        request = requests.load_adapter_request(reference, tier)
         response = self._calls.unary(self._stub.LoadAdapter, request)
         return answers.adapter(response.adapter)
 
-    def unload(self, reference: str) -> Adapter:
-        """Lets an adapter leave the device; the next request for it loads it again."""
-        request = adapters_pb2.UnloadAdapterRequest(adapter=reference)
+    def unload(self, reference: str, tier: Residency | str = Residency.DISK) -> Adapter:
+        """Lets an adapter leave memory, or go to that of the host; the next request for it loads it again.
+
+        Nothing happens while a request uses it; the answer says where it is.
+        """
+        request = requests.unload_adapter_request(reference, tier)
         response = self._calls.unary(self._stub.UnloadAdapter, request)
         return answers.adapter(response.adapter)
 

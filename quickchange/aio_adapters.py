@@ -12,7 +12,15 @@ from quickchange.aio_calls import AsyncCalls, AsyncResponseStream
 from quickchange.calls import Calls
 from quickchange.download import Download
 from quickchange.progress import Progress, reporting
-from quickchange.types import Adapter, AdapterEvent, AdapterState, Collection, PullResult, UploadResult
+from quickchange.types import (
+    Adapter,
+    AdapterEvent,
+    AdapterState,
+    Collection,
+    PullResult,
+    Residency,
+    UploadResult,
+)
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 
 
@@ -157,15 +165,22 @@ class AsyncAdapterClient:
         """Replaces all labels."""
         return await self._update(requests.update_adapter_request(reference, etag=etag, labels=labels))
 
-    async def load(self, reference: str) -> Adapter:
-        """Brings an adapter to the device now, so that the next request does not wait for it."""
-        request = adapters_pb2.LoadAdapterRequest(adapter=reference)
+    async def load(self, reference: str, tier: Residency | str = Residency.DEVICE) -> Adapter:
+        """Brings an adapter to the device, or to host memory, now: the next request does not wait for disk.
+
+        Raises:
+            ResourceExhaustedError: no room while the others there are in use, or no such tier.
+        """
+        request = requests.load_adapter_request(reference, tier)
         response = await self._calls.unary(self._stub.LoadAdapter, request)
         return answers.adapter(response.adapter)
 
-    async def unload(self, reference: str) -> Adapter:
-        """Lets an adapter leave the device; the next request for it loads it again."""
-        request = adapters_pb2.UnloadAdapterRequest(adapter=reference)
+    async def unload(self, reference: str, tier: Residency | str = Residency.DISK) -> Adapter:
+        """Lets an adapter leave memory, or go to that of the host; the next request for it loads it again.
+
+        Nothing happens while a request uses it; the answer says where it is.
+        """
+        request = requests.unload_adapter_request(reference, tier)
         response = await self._calls.unary(self._stub.UnloadAdapter, request)
         return answers.adapter(response.adapter)
 

@@ -185,6 +185,8 @@ def server_info(response: server_pb2.GetServerInfoResponse) -> types.ServerInfo:
             kv_tokens_free=capacity.kv_tokens_free,
             adapter_device_bytes_total=capacity.adapter_device_bytes_total,
             adapter_device_bytes_used=capacity.adapter_device_bytes_used,
+            adapter_host_bytes_total=capacity.adapter_host_bytes_total,
+            adapter_host_bytes_used=capacity.adapter_host_bytes_used,
             requests_running=capacity.requests_running,
             requests_waiting=capacity.requests_waiting,
         ),

@@ -8,7 +8,7 @@ from typing import Any, TypedDict, TypeVar
 from google.protobuf.message import Message as WireMessage
 
 from quickchange.errors import FieldViolation, InvalidArgumentError
-from quickchange.types import AdapterState
+from quickchange.types import AdapterState, Residency
 from quickchange.v1 import adapters_pb2, inference_pb2
 
 ChatMessage = Mapping[str, str]
@@ -119,6 +119,24 @@ def _wire_state(state: AdapterState | str) -> adapters_pb2.AdapterState.ValueTyp
         known = ", ".join(member for member in AdapterState if member is not AdapterState.UNKNOWN)
         raise _invalid("state", f"is {state}; there are {known}")
     return adapters_pb2.AdapterState.Value(name)
+
+
+def load_adapter_request(reference: str, tier: Residency | str) -> adapters_pb2.LoadAdapterRequest:
+    """The request to bring an adapter to a tier."""
+    return adapters_pb2.LoadAdapterRequest(adapter=reference, tier=_wire_tier(tier))
+
+
+def unload_adapter_request(reference: str, tier: Residency | str) -> adapters_pb2.UnloadAdapterRequest:
+    """The request to let an adapter go down to a tier."""
+    return adapters_pb2.UnloadAdapterRequest(adapter=reference, tier=_wire_tier(tier))
+
+
+def _wire_tier(tier: Residency | str) -> adapters_pb2.Residency.ValueType:
+    name = f"RESIDENCY_{str(tier).upper()}"
+    if name not in adapters_pb2.Residency.keys():  # noqa: SIM118 - the wrapper is no mapping
+        known = ", ".join(member for member in Residency if member is not Residency.UNKNOWN)
+        raise _invalid("tier", f"is {tier}; there are {known}")
+    return adapters_pb2.Residency.Value(name)
 
 
 def update_adapter_request(

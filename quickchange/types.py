@@ -341,6 +341,8 @@ class Capacity:
     kv_tokens_free: int
     adapter_device_bytes_total: int
     adapter_device_bytes_used: int
+    adapter_host_bytes_total: int
+    adapter_host_bytes_used: int
     requests_running: int
     requests_waiting: int
 

@@ -163,6 +163,7 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         await self._feed.start()
+        await self._catalogue.load_pinned()
         await self._warm_up()
         gc.collect()
         gc.freeze()  # what start-up made stays: no collection in the middle of a step looks through it again

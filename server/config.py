@@ -122,6 +122,14 @@ class EngineSettings(_Section):
     adapter_device_bytes: Annotated[
         int | None, About("device memory for adapters; unset: chosen at start", 1)
     ] = None
+    adapter_host_bytes: Annotated[
+        int | None,
+        About("host memory for adapters that left the device; 0: none; unset: none on a CPU, else chosen", 0),
+    ] = None
+    adapter_eviction: Annotated[
+        Literal["cost", "lru"],
+        About("who leaves first; cost: who saves least loading time for its bytes; lru: the longest unused"),
+    ] = "cost"
     max_adapter_rank: Annotated[int, About("largest rank that an adapter may have", 1, 4096)] = 256
     max_context_tokens: Annotated[int | None, About("prompt and answer; unset: what the base allows", 1)] = (
         None

@@ -13,6 +13,7 @@ from adapters.base import Base
 from adapters.errors import AdapterError, CapacityError
 from adapters.residency import AdapterResidency
 from adapters.store import AdapterStore
+from adapters.tier import TierName
 from kernels.library import status as native_status
 from server.batch import Batch, Row
 from server.blocks import BlockPool
@@ -89,9 +90,10 @@ class EngineCore:
             self.runner.slots,
             device=base.device,
             dtype=base.storage_dtype,
-            budget_bytes=budgets.adapter_bytes,
+            budgets=budgets.adapters,
+            eviction=settings.adapter_eviction,
             wake=wake,
-            on_eviction=lambda: metrics.count_eviction("device"),
+            on_eviction=metrics.count_eviction,
         )
         self.scheduler = Scheduler(
             BlockPool(budgets.block_count, budgets.block_tokens),
@@ -106,7 +108,7 @@ class EngineCore:
         self._generations: dict[Sequence, Generation] = {}
         self._held = 0
         self._events: list[tuple[RequestStream, TokenEvent]] = []
-        self._loads: defaultdict[str, list[Settle]] = defaultdict(list)
+        self._hints: defaultdict[str, list[tuple[TierName, Settle]]] = defaultdict(list)
         self._forgetting: defaultdict[str, list[Callable[[], None]]] = defaultdict(list)
         self._barren_steps = 0
 
@@ -142,15 +144,22 @@ class EngineCore:
         events, self._events = self._events, []
         return events
 
-    def load(self, digest: str, settle: Settle) -> None:
-        """Brings an adapter to the device; `settle` gets None or the reason why not."""
-        self.residency.prefetch(digest)
-        if self.residency.is_resident(digest):
+    def load(self, digest: str, tier: TierName, settle: Settle) -> None:
+        """Brings an adapter to a tier, or leaves it in a better one; `settle` gets None or why not."""
+        try:
+            if tier == "device":
+                self.residency.prefetch(digest)
+            else:
+                self.residency.prefetch_to_host(digest)
+        except AdapterError as error:
+            settle(error)
+            return
+        if self.residency.whereabouts(digest) in ("device", tier):
             settle(None)
         elif self.residency.is_loading(digest):
-            self._loads[digest].append(settle)
+            self._hints[digest].append((tier, settle))
         else:
-            settle(CapacityError(f"no room on the device for {digest} while requests use the others"))
+            settle(CapacityError(f"no room on the {tier} for {digest} while the others there are in use"))
 
     def forget(self, digest: str, done: Callable[[], None]) -> None:
         """Calls `done` when no request uses the adapter any more and its bytes have left the device."""
@@ -281,10 +290,13 @@ class EngineCore:
     def _settle_loads(self) -> None:
         for outcome in self.residency.collect():
             result = "error" if outcome.error else "ok"
-            self._metrics.observe_adapter_load("disk", result, outcome.seconds)
-            for settle in self._loads.pop(outcome.digest, []):
-                settle(outcome.error)
-            if outcome.error is not None:
+            self._metrics.observe_adapter_load(outcome.source, result, outcome.seconds)
+            for tier, settle in self._hints.pop(outcome.digest, []):
+                if outcome.error is not None:
+                    settle(outcome.error)
+                else:
+                    self.load(outcome.digest, tier, settle)  # it may be half way
+            if outcome.error is not None and outcome.tier == "device":
                 for sequence in self.scheduler.waiting_for(outcome.digest):
                     if sequence.phase is not Phase.FINISHED:  # not with a sibling already
                         self._fail(sequence, AdapterLoadError(outcome.error))

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from adapters.base import Base
 from adapters.errors import AdapterError
 from adapters.store import AdapterStore
+from adapters.tier import Resident, TierName, Whereabouts
 from kernels.library import native
 from server.config import EngineSettings
 from server.core import EngineCore
@@ -24,7 +25,7 @@ from server.errors import DrainingError, EngineDownError, InvalidRequestError, Q
 from server.generation import Generation, generations_of
 from server.metrics import Metrics
 from server.request import Request, TokenEvent
-from server.statistics import EngineStats, ResidentNow
+from server.statistics import EngineStats
 from server.stream import RequestStream
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,9 @@ class Engine:
         self._closed = False
         self._draining = False
         self._stopping = False
-        self._residents: tuple[ResidentNow, ...] = ()
+        self._residents: tuple[Resident, ...] = ()
+        self._tiers: Mapping[str, TierName] = {}
+        self._changes_shown = 0
         self._core = EngineCore(base, store, settings, metrics, self._wake)
         self.on_death: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run_thread, name="engine", daemon=True)
@@ -116,43 +119,59 @@ class Engine:
                 self._core.counters.seconds_per_request,
             )
 
-    async def load(self, digest: str) -> None:
-        """Brings an adapter to the device now.
+    async def load(self, digest: str, tier: TierName = "device") -> Whereabouts:
+        """Brings an adapter to a tier now; returns where it is then, which may be a better one.
 
         Raises:
             AdapterError: it cannot be loaded, or there is no room while others are in use.
         """
-        future: asyncio.Future[AdapterError | None] = asyncio.get_running_loop().create_future()
-        self._post(lambda: self._core.load(digest, _setter(future)))
-        error = await future
-        if error is not None:
-            raise error
+        future: asyncio.Future[AdapterError | Whereabouts] = asyncio.get_running_loop().create_future()
+        done = _setter(future)
+        residency = self._core.residency
+        self._post(
+            lambda: self._core.load(
+                digest, tier, lambda error: done(residency.whereabouts(digest) if error is None else error)
+            )
+        )
+        outcome = await future
+        if isinstance(outcome, AdapterError):
+            raise outcome
+        return outcome
 
-    async def unload(self, digest: str) -> bool:
-        """Takes an adapter off the device unless a request uses it; True if it is not there afterwards."""
-        return await self._call(lambda: self._core.residency.evict(digest))
+    async def unload(self, digest: str, *, keep_on_host: bool = False) -> Whereabouts:
+        """Takes an adapter off the device unless a request uses it; returns where it is then."""
+
+        def leave() -> Whereabouts:
+            residency = self._core.residency
+            if keep_on_host:
+                residency.demote(digest)
+            else:
+                residency.evict(digest)
+            return residency.whereabouts(digest)
+
+        return await self._call(leave)
 
     async def pin(self, digest: str, pinned: bool) -> None:
-        """A pinned adapter is not evicted to make room for others."""
+        """A pinned adapter does not leave its tier to make room for others."""
         await self._call(lambda: self._core.residency.pin(digest, pinned))
 
     async def forget(self, digest: str) -> None:
-        """Returns when no request uses the adapter any more and its bytes have left the device."""
+        """Returns when no request uses the adapter any more and its bytes have left device and host."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         done = _setter(future)
         self._post(lambda: self._core.forget(digest, lambda: done(None)))
         await future
 
-    def residency_of(self, digest: str) -> str:
-        """ "device" or "disk", as of the last step."""
-        return "device" if any(r.digest == digest for r in self._residents) else "disk"
+    def residency_of(self, digest: str) -> Whereabouts:
+        """The tier it is in, as of the last step."""
+        return self._tiers.get(digest, "disk")
 
-    def tiers(self) -> dict[str, str]:
-        """ "device" by digest, for every adapter that is not on disk alone, as of the last step."""
-        return {resident.digest: "device" for resident in self._residents}
+    def tiers(self) -> Mapping[str, TierName]:
+        """By digest, for every adapter that is not on disk alone, as of the last step."""
+        return self._tiers
 
-    def residents(self) -> tuple[ResidentNow, ...]:
-        """Adapters on the device, as of the last step."""
+    def residents(self) -> tuple[Resident, ...]:
+        """Adapters in memory, as of the last step."""
         return self._residents
 
     def stats(self) -> EngineStats:
@@ -163,8 +182,10 @@ class Engine:
             waiting=self._waiting,
             kv_tokens_total=blocks.total_tokens,
             kv_tokens_free=blocks.free_tokens,
-            adapter_device_bytes_total=self._core.residency.budget_bytes,
-            adapter_device_bytes_used=sum(r.size_bytes for r in self._residents),
+            adapter_device_bytes_total=self._core.residency.budgets.device_bytes,
+            adapter_device_bytes_used=self._bytes_in("device"),
+            adapter_host_bytes_total=self._core.residency.budgets.host_bytes,
+            adapter_host_bytes_used=self._bytes_in("host"),
             steps=counters.steps,
             mixed_steps=counters.mixed_steps,
             max_adapters_in_step=counters.max_adapters_in_step,
@@ -193,6 +214,9 @@ class Engine:
     @property
     def _waiting(self) -> int:
         return self._submitted + self._core.waiting
+
+    def _bytes_in(self, tier: TierName) -> int:
+        return sum(resident.size_bytes for resident in self._residents if resident.tier == tier)
 
     def _check(self, request: Request) -> None:
         count, limit = len(request.prompt_token_ids), self.max_context_tokens
@@ -275,11 +299,18 @@ class Engine:
             by_loop[stream.loop].append((stream, event))
         for loop, events in by_loop.items():
             _call_in(loop, _put_all, events)
-        self._residents = tuple(ResidentNow(*resident) for resident in self._core.residency.residents())
+        self._show_residents()
         scheduler = self._core.scheduler
         self._metrics.set_engine_gauges(
             len(scheduler.running), self._core.waiting, scheduler.blocks.used_ratio
         )
+
+    def _show_residents(self) -> None:
+        residency = self._core.residency
+        if residency.changes != self._changes_shown:
+            self._changes_shown = residency.changes
+            self._residents = tuple(residency.residents())
+            self._tiers = {resident.digest: resident.tier for resident in self._residents}
 
     def _sleep(self) -> None:
         with self._condition:

@@ -6,28 +6,31 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from adapters.tier import TierBudgets
 from server.config import GIB, MIB, EngineSettings
 
 log = logging.getLogger(__name__)
 
 _KV_SHARE = 0.25
 _ADAPTER_SHARE = 0.15
+_HOST_SHARE = 0.25
 _USEFUL_SHARE = 2
 """Most blocks worth having, relative to as many full contexts as run at once: the rest keeps prefixes."""
 _CUDA_RESERVE_BYTES = 1 * GIB
 """Left for activations and workspaces."""
 _CPU_KV_LIMIT_BYTES = 4 * GIB
 _CPU_ADAPTER_LIMIT_BYTES = 2 * GIB
+_HOST_TIER_LIMIT_BYTES = 16 * GIB
 """A host is shared with other programs: more is taken only when a flag asks for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Blocks of keys and values, and bytes of adapters."""
+    """Blocks of keys and values, and bytes of adapters by tier."""
 
     block_count: int
     block_tokens: int
-    adapter_bytes: int
+    adapters: TierBudgets
 
 
 class OutOfMemoryAtStartError(Exception):
@@ -52,15 +55,19 @@ def plan_memory(
             f"keys and values of one block need {block_bytes} bytes and {kv_bytes} are allowed; "
             "raise --kv-bytes or lower --block-tokens"
         )
-    adapter_bytes = settings.adapter_device_bytes or _default_adapter_bytes(free_bytes, device)
+    adapters = TierBudgets(
+        device_bytes=settings.adapter_device_bytes or _default_adapter_bytes(free_bytes, device),
+        host_bytes=_host_tier_bytes(settings, device),
+    )
     log.info(
-        "memory free_mib=%d kv_mib=%d kv_tokens=%d adapter_mib=%d",
+        "memory free_mib=%d kv_mib=%d kv_tokens=%d adapter_mib=%d adapter_host_mib=%d",
         free_bytes // MIB,
         blocks * block_bytes // MIB,
         blocks * settings.block_tokens,
-        adapter_bytes // MIB,
+        adapters.device_bytes // MIB,
+        adapters.host_bytes // MIB,
     )
-    return Budgets(blocks, settings.block_tokens, adapter_bytes)
+    return Budgets(blocks, settings.block_tokens, adapters)
 
 
 def _default_kv_bytes(free_bytes: int, device: torch.device) -> int:
@@ -73,6 +80,16 @@ def _default_kv_bytes(free_bytes: int, device: torch.device) -> int:
 def _default_adapter_bytes(free_bytes: int, device: torch.device) -> int:
     share = int(free_bytes * _ADAPTER_SHARE)
     return share if device.type == "cuda" else min(share, _CPU_ADAPTER_LIMIT_BYTES)
+
+
+def _host_tier_bytes(settings: EngineSettings, device: torch.device) -> int:
+    """On a CPU none, unless asked for: it would be the same memory as the device tier's, where adapters are
+    of more use."""
+    if settings.adapter_host_bytes is not None:
+        return settings.adapter_host_bytes
+    if device.type == "cpu":
+        return 0
+    return min(int(psutil.virtual_memory().available * _HOST_SHARE), _HOST_TIER_LIMIT_BYTES)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -18,19 +18,12 @@ class EngineStats:
     kv_tokens_free: int
     adapter_device_bytes_total: int
     adapter_device_bytes_used: int
+    adapter_host_bytes_total: int
+    adapter_host_bytes_used: int
     steps: int
     mixed_steps: int
     max_adapters_in_step: int
     tokens_computed: int
-
-
-@dataclass(frozen=True, slots=True)
-class ResidentNow:
-    """An adapter on the device."""
-
-    digest: str
-    size_bytes: int
-    pinned: bool
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from quickchange.commands.options import (
 from quickchange.commands.output import print_facts, print_json, print_table, short, size
 from quickchange.commands.report import print_report, summary
 from quickchange.errors import QuickchangeError
-from quickchange.types import Adapter, AdapterState, UploadResult
+from quickchange.types import Adapter, AdapterState, Residency, UploadResult
 
 if TYPE_CHECKING:
     from quickchange.client import Client
@@ -45,10 +45,10 @@ def add_parser(subparsers: "Subparsers") -> None:
     _add_list(actions)
     _add_show(actions)
     _add_alias(actions)
-    _add_on_reference(actions, "pin", "keep an adapter on the device")
+    _add_on_reference(actions, "pin", "keep an adapter in memory")
     _add_on_reference(actions, "unpin", "let an adapter be evicted again")
-    _add_on_reference(actions, "load", "bring an adapter to the device now")
-    _add_on_reference(actions, "unload", "let an adapter leave the device")
+    _add_move(actions, "load", "bring an adapter to memory now", (Residency.DEVICE, Residency.HOST))
+    _add_move(actions, "unload", "let an adapter leave memory", (Residency.DISK, Residency.HOST))
     _add_remove(actions)
     _add_pull(actions)
     following.add_watch(actions)
@@ -161,10 +161,21 @@ def _add_alias(actions: "Subparsers") -> None:
     add_server_options(parser)
 
 
-def _add_on_reference(actions: "Subparsers", name: str, summary: str) -> None:
+def _add_on_reference(actions: "Subparsers", name: str, summary: str) -> argparse.ArgumentParser:
     parser = add_command(actions, name, summary, f"  quickchange adapters {name} sql@3")
     parser.add_argument("reference", metavar="REF", help=_REFERENCE)
     add_server_options(parser)
+    return parser
+
+
+def _add_move(actions: "Subparsers", name: str, summary: str, tiers: tuple[Residency, ...]) -> None:
+    parser = _add_on_reference(actions, name, summary)
+    parser.add_argument(
+        "--tier",
+        choices=[tier.value for tier in tiers],
+        default=tiers[0].value,
+        help=f"where to (default: {tiers[0]})",
+    )
 
 
 def _add_remove(actions: "Subparsers") -> None:
@@ -329,12 +340,12 @@ def _unpin(client: "Client", args: argparse.Namespace) -> None:
 
 
 def _load(client: "Client", args: argparse.Namespace) -> None:
-    adapter = client.adapters.load(args.reference)
+    adapter = client.adapters.load(args.reference, args.tier)
     print(f"{adapter.reference} {adapter.residency}")
 
 
 def _unload(client: "Client", args: argparse.Namespace) -> None:
-    adapter = client.adapters.unload(args.reference)
+    adapter = client.adapters.unload(args.reference, args.tier)
     print(f"{adapter.reference} {adapter.residency}")
 
 

@@ -42,7 +42,8 @@ def _facts(info: ServerInfo) -> dict[str, str]:
         f"{now.requests_waiting} of {limits.max_waiting_requests} waiting",
         "cache": f"{now.kv_tokens_free} of {now.kv_tokens_total} tokens free",
         "adapters": f"{size(now.adapter_device_bytes_used)} of {size(now.adapter_device_bytes_total)} on the "
-        f"device; rank up to {limits.max_adapter_rank}, {size(limits.max_upload_bytes)} per upload",
+        f"device, {size(now.adapter_host_bytes_used)} of {size(now.adapter_host_bytes_total)} on the host; "
+        f"rank up to {limits.max_adapter_rank}, {size(limits.max_upload_bytes)} per upload",
         "steps": f"{steps.steps}, of which {steps.mixed_steps} mixed adapters "
         f"(up to {steps.max_adapters_in_step} at once); {steps.tokens_computed} tokens",
     }

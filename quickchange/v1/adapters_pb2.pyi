@@ -703,7 +703,7 @@ class UpdateAdapterRequest(google.protobuf.message.Message):
     etag: builtins.str
     """If set, ABORTED unless it is the current one."""
     pinned: builtins.bool
-    """A pinned adapter is never evicted from the device."""
+    """A pinned adapter never leaves its tier to make room for others, and is loaded when the server starts."""
     @property
     def set_aliases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Aliases to point at this version, taken from whichever had them."""
@@ -845,13 +845,17 @@ class LoadAdapterRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: builtins.int
+    TIER_FIELD_NUMBER: builtins.int
     adapter: builtins.str
+    tier: Global___Residency.ValueType
+    """DEVICE or HOST; unset: DEVICE. What is in a better tier already stays there."""
     def __init__(
         self,
         *,
         adapter: builtins.str = ...,
+        tier: Global___Residency.ValueType = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["adapter", b"adapter"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["adapter", b"adapter", "tier", b"tier"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___LoadAdapterRequest: typing_extensions.TypeAlias = LoadAdapterRequest
@@ -880,13 +884,17 @@ class UnloadAdapterRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: builtins.int
+    TIER_FIELD_NUMBER: builtins.int
     adapter: builtins.str
+    tier: Global___Residency.ValueType
+    """HOST: keep it in host memory if there is room. DISK: out of all memory. Unset: DISK."""
     def __init__(
         self,
         *,
         adapter: builtins.str = ...,
+        tier: Global___Residency.ValueType = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["adapter", b"adapter"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["adapter", b"adapter", "tier", b"tier"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___UnloadAdapterRequest: typing_extensions.TypeAlias = UnloadAdapterRequest

@@ -36,7 +36,7 @@ class AdapterServiceStub:
     """Changes what points at a version (aliases, pin, labels), never the version itself."""
     DeleteAdapter: grpc.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.DeleteAdapterRequest, quickchange.v1.adapters_pb2.DeleteAdapterResponse]
     LoadAdapter: grpc.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.LoadAdapterRequest, quickchange.v1.adapters_pb2.LoadAdapterResponse]
-    """Hints: bring a version to the device now, or let it go."""
+    """Hints: bring a version to memory now, or let it go."""
     UnloadAdapter: grpc.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.UnloadAdapterRequest, quickchange.v1.adapters_pb2.UnloadAdapterResponse]
     WatchAdapters: grpc.UnaryStreamMultiCallable[quickchange.v1.adapters_pb2.WatchAdaptersRequest, quickchange.v1.adapters_pb2.WatchAdaptersResponse]
     """Every change of an adapter from now on, whichever server made it; ends UNAVAILABLE when the server drains."""
@@ -58,7 +58,7 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Changes what points at a version (aliases, pin, labels), never the version itself."""
     DeleteAdapter: grpc.aio.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.DeleteAdapterRequest, quickchange.v1.adapters_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
     LoadAdapter: grpc.aio.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.LoadAdapterRequest, quickchange.v1.adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
-    """Hints: bring a version to the device now, or let it go."""
+    """Hints: bring a version to memory now, or let it go."""
     UnloadAdapter: grpc.aio.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.UnloadAdapterRequest, quickchange.v1.adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     WatchAdapters: grpc.aio.UnaryStreamMultiCallable[quickchange.v1.adapters_pb2.WatchAdaptersRequest, quickchange.v1.adapters_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
     """Every change of an adapter from now on, whichever server made it; ends UNAVAILABLE when the server drains."""
@@ -125,7 +125,7 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: quickchange.v1.adapters_pb2.LoadAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[quickchange.v1.adapters_pb2.LoadAdapterResponse, collections.abc.Awaitable[quickchange.v1.adapters_pb2.LoadAdapterResponse]]:
-        """Hints: bring a version to the device now, or let it go."""
+        """Hints: bring a version to memory now, or let it go."""
 
     @abc.abstractmethod
     def UnloadAdapter(

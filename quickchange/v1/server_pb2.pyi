@@ -67,12 +67,17 @@ class Capacity(google.protobuf.message.Message):
     ADAPTER_DEVICE_BYTES_USED_FIELD_NUMBER: builtins.int
     REQUESTS_RUNNING_FIELD_NUMBER: builtins.int
     REQUESTS_WAITING_FIELD_NUMBER: builtins.int
+    ADAPTER_HOST_BYTES_TOTAL_FIELD_NUMBER: builtins.int
+    ADAPTER_HOST_BYTES_USED_FIELD_NUMBER: builtins.int
     kv_tokens_total: builtins.int
     kv_tokens_free: builtins.int
     adapter_device_bytes_total: builtins.int
     adapter_device_bytes_used: builtins.int
     requests_running: builtins.int
     requests_waiting: builtins.int
+    adapter_host_bytes_total: builtins.int
+    """0: this server keeps no adapters in host memory apart from the device."""
+    adapter_host_bytes_used: builtins.int
     def __init__(
         self,
         *,
@@ -82,8 +87,10 @@ class Capacity(google.protobuf.message.Message):
         adapter_device_bytes_used: builtins.int = ...,
         requests_running: builtins.int = ...,
         requests_waiting: builtins.int = ...,
+        adapter_host_bytes_total: builtins.int = ...,
+        adapter_host_bytes_used: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["adapter_device_bytes_total", b"adapter_device_bytes_total", "adapter_device_bytes_used", b"adapter_device_bytes_used", "kv_tokens_free", b"kv_tokens_free", "kv_tokens_total", b"kv_tokens_total", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["adapter_device_bytes_total", b"adapter_device_bytes_total", "adapter_device_bytes_used", b"adapter_device_bytes_used", "adapter_host_bytes_total", b"adapter_host_bytes_total", "adapter_host_bytes_used", b"adapter_host_bytes_used", "kv_tokens_free", b"kv_tokens_free", "kv_tokens_total", b"kv_tokens_total", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Capacity: typing_extensions.TypeAlias = Capacity

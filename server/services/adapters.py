@@ -115,19 +115,19 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def LoadAdapter(
         self, request: adapters_pb2.LoadAdapterRequest, context: Context
     ) -> adapters_pb2.LoadAdapterResponse:
+        wanted = convert.tier_to_load(request.tier)
         async with self._catalogue.preparing(request.adapter) as record:
             named = _named(record)
-            await self._engine.load(named.facts.digest)
-        return adapters_pb2.LoadAdapterResponse(adapter=convert.adapter(named, "device"))
+            tier = await self._engine.load(named.facts.digest, wanted)
+        return adapters_pb2.LoadAdapterResponse(adapter=convert.adapter(named, tier))
 
     async def UnloadAdapter(
         self, request: adapters_pb2.UnloadAdapterRequest, context: Context
     ) -> adapters_pb2.UnloadAdapterResponse:
+        keep_on_host = convert.is_kept_on_host(request.tier)
         record = await self._catalogue.get(request.adapter)
-        gone = await self._engine.unload(record.facts.digest)
-        return adapters_pb2.UnloadAdapterResponse(
-            adapter=convert.adapter(record, "disk" if gone else "device")
-        )
+        tier = await self._engine.unload(record.facts.digest, keep_on_host=keep_on_host)
+        return adapters_pb2.UnloadAdapterResponse(adapter=convert.adapter(record, tier))
 
     async def WatchAdapters(  # type: ignore[override]  # writes to the context, see StatusInterceptor
         self, request: adapters_pb2.WatchAdaptersRequest, context: Context

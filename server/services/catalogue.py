@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from adapters.bundle import Bundle, read_bundle
+from adapters.errors import AdapterError
 from adapters.facts import AdapterRecord
 from adapters.leases import Lease
 from adapters.retention import Collection, RetentionPolicy
@@ -160,6 +161,17 @@ class Catalogue:
                 return
             await asyncio.sleep(_REMOVAL_RETRY_S)  # another server's requests use it
 
+    async def load_pinned(self) -> None:
+        """Has every pinned adapter loaded, after a start; what does not fit is named in the log."""
+        for digest in sorted(self._pinned):
+            name = self._names[digest]
+            try:
+                await self._engine.load(digest)
+            except AdapterError as error:
+                log.warning("pinned adapter not loaded adapter=%s digest=%s: %s", name, digest, error)
+            else:
+                log.info("pinned adapter loaded adapter=%s digest=%s", name, digest)
+
     async def _sync_pin(self, digest: str) -> None:
         """A content is pinned while any version that has it is."""
         async with self._pinning:  # what is asked first is applied first
@@ -171,7 +183,10 @@ class Catalogue:
         """What is in memory, by name; any thread."""
         return [
             ResidentAdapter(
-                self._names.get(resident.digest, OTHER_LABEL), "device", resident.pinned, resident.size_bytes
+                self._names.get(resident.digest, OTHER_LABEL),
+                resident.tier,
+                resident.pinned,
+                resident.size_bytes,
             )
             for resident in self._engine.residents()
         ]

@@ -15,6 +15,7 @@ from adapters.errors import ChangesLostError
 from adapters.facts import AdapterRecord
 from adapters.rows import Change
 from adapters.store import AdapterStore
+from adapters.tier import TierName, Whereabouts
 from server.engine import Engine
 from server.errors import DrainingError
 from server.services.catalogue import Catalogue
@@ -29,10 +30,10 @@ _AFTER_AN_ERROR_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """A version as it is now; residency is "disk", "host" or "device"."""
+    """A version as it is now."""
 
     record: AdapterRecord
-    residency: str
+    residency: Whereabouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class ChangeFeed:
         self._catalogue = catalogue
         self._workers = workers
         self._sequence = 0
-        self._tiers: Mapping[str, str] = {}
+        self._tiers: Mapping[str, TierName] = {}
         self._news = asyncio.Event()
         self._closed = False
         self._follower: asyncio.Task[None] | None = None
@@ -151,16 +152,16 @@ class ChangeFeed:
         self._news = asyncio.Event()
 
 
-def _present(record: AdapterRecord, tiers: Mapping[str, str]) -> Present:
+def _present(record: AdapterRecord, tiers: Mapping[str, TierName]) -> Present:
     return Present(record, tiers.get(record.facts.digest, "disk"))
 
 
-def _event_of(change: Change, tiers: Mapping[str, str]) -> AdapterEvent:
+def _event_of(change: Change, tiers: Mapping[str, TierName]) -> AdapterEvent:
     if change.record is None:
         return Deleted(change.name, change.version, change.digest)
     return _present(change.record, tiers)
 
 
-def _moved(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+def _moved(before: Mapping[str, TierName], now: Mapping[str, str]) -> list[str]:
     """Contents that are in another tier than before; the disk's is not listed."""
     return [digest for digest in {*before, *now} if before.get(digest) != now.get(digest)]

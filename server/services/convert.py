@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from adapters.facts import AdapterFacts, AdapterRecord
 from adapters.retention import Collection
+from adapters.tier import TierName, Whereabouts
 from quickchange.v1 import adapters_pb2, inference_pb2
 from server.errors import InvalidRequestError
 from server.request import (
@@ -191,11 +192,34 @@ def logprobs(values: Iterable[TokenLogprob]) -> list[inference_pb2.TokenLogprob]
     ]
 
 
-def adapter(record: AdapterRecord, residency: str) -> adapters_pb2.Adapter:
+def tier_to_load(residency: "adapters_pb2.Residency.ValueType") -> TierName:
+    """Where LoadAdapter is to bring an adapter.
+
+    Raises:
+        InvalidRequestError
     """
-    Args:
-        residency: "disk", "host" or "device".
+    if residency in (adapters_pb2.RESIDENCY_UNSPECIFIED, adapters_pb2.RESIDENCY_DEVICE):
+        return "device"
+    if residency == adapters_pb2.RESIDENCY_HOST:
+        return "host"
+    raise InvalidRequestError("tier", f"is {residency}; an adapter is loaded to DEVICE or HOST")
+
+
+def is_kept_on_host(residency: "adapters_pb2.Residency.ValueType") -> bool:
+    """Whether UnloadAdapter is to keep an adapter in host memory.
+
+    Raises:
+        InvalidRequestError
     """
+    if residency in (adapters_pb2.RESIDENCY_UNSPECIFIED, adapters_pb2.RESIDENCY_DISK):
+        return False
+    if residency == adapters_pb2.RESIDENCY_HOST:
+        return True
+    raise InvalidRequestError("tier", f"is {residency}; an adapter is unloaded to HOST or DISK")
+
+
+def adapter(record: AdapterRecord, residency: Whereabouts) -> adapters_pb2.Adapter:
+    """The message of one version, which is in that tier."""
     message = adapters_pb2.Adapter(
         name=record.name,
         version=record.version,

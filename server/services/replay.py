@@ -100,10 +100,12 @@ class _Run:
         """
         while True:
             try:
-                return await self._engine.load(self._identity.digest)
+                await self._engine.load(self._identity.digest)
             except CapacityError as error:
                 if error.reason != CapacityError.default_reason:
                     raise
+            else:
+                return
             if time.monotonic() > self._deadline_s:
                 raise DeadlineError("no room on the device")
             await asyncio.sleep(_ROOM_POLL_S)

@@ -37,6 +37,8 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
                 kv_tokens_free=stats.kv_tokens_free,
                 adapter_device_bytes_total=stats.adapter_device_bytes_total,
                 adapter_device_bytes_used=stats.adapter_device_bytes_used,
+                adapter_host_bytes_total=stats.adapter_host_bytes_total,
+                adapter_host_bytes_used=stats.adapter_host_bytes_used,
                 requests_running=stats.running,
                 requests_waiting=stats.waiting,
             )

@@ -21,6 +21,7 @@ from quickchange import (
     FailedPreconditionError,
     Finished,
     QuickchangeError,
+    Residency,
     Started,
     UnavailableError,
 )
@@ -159,6 +160,7 @@ def test_kill_and_restart_serve_every_adapter_again(
     digest = _rot(server.store, adapters["b"])
     again = own_server(store=server.store)
     with again.client() as client:
+        assert client.adapters.get("c").residency is Residency.DEVICE  # pinned: there before "ready" was said
         for reference in ("a@1", "a:prod", "c"):
             assert client.generate(PROMPT, adapter=reference, max_new_tokens=8).token_ids == before[reference]
         assert client.adapters.get("c").pinned

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.base import load_base
-from adapters.errors import AdapterCorruptError
+from adapters.copies import FactorCopies
+from adapters.errors import AdapterCorruptError, CapacityError
+from adapters.factors import AdapterFactors
 from adapters.store import AdapterStore
 from adapters.validate import validate_adapter
 from server.batch import Batch
@@ -232,6 +234,28 @@ def test_forget_waits_for_running_requests(harness: Harness) -> None:
     harness.core.step()
     assert done
     assert not harness.core.residency.is_resident(digest)
+
+
+@pytest.mark.parametrize("problem", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_no_memory_for_an_adapter_fails_its_requests_only(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    def full(self: FactorCopies, factors: AdapterFactors) -> AdapterFactors:
+        raise problem
+
+    asks = [Ask(tuple(range(5, 12)), name, 20) for name in ("", "b")]
+    expected = [list(answer.token_ids) for answer in harness.run(asks)]
+    identity = harness.identities["a"]
+    request = Request("r", (1, 2, 3), SamplingParams(max_new_tokens=5), identity)
+    with monkeypatch.context() as broken:
+        broken.setattr(FactorCopies, "to_device", full)
+        tokens, last = run_with(harness, request, asks)
+    assert tokens == expected
+    assert isinstance(last, Failed)
+    assert isinstance(last.error, AdapterLoadError)
+    assert isinstance(last.error.cause, CapacityError)
+    _, last = run_with(harness, request, asks)  # there is memory again
+    assert isinstance(last, Finished)
 
 
 def test_an_adapter_larger_than_all_room_is_refused(tmp_path: Path) -> None:

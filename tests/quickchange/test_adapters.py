@@ -320,6 +320,18 @@ def test_load_unload_delete(client: Client, script: Script) -> None:
     assert client.adapters.delete("sql", all_versions=True) == 2
 
 
+def test_load_and_unload_say_which_tier(client: Client, script: Script) -> None:
+    client.adapters.load("sql")
+    client.adapters.load("sql", "host")
+    client.adapters.unload("sql")
+    client.adapters.unload("sql", Residency.HOST)
+    assert [adapters_pb2.Residency.Name(request.tier).lower() for request in script.requests] == [
+        "residency_device", "residency_host", "residency_disk", "residency_host",
+    ]  # fmt: skip
+    with pytest.raises(quickchange.InvalidArgumentError, match="attic; there are disk, host, device"):
+        client.adapters.load("sql", "attic")
+
+
 def test_what_cannot_be_repeated_is_not(client: Client, script: Script) -> None:
     gone = rich(grpc.StatusCode.UNAVAILABLE, "engine down", "ENGINE_DOWN")
     for call in (
