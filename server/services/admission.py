@@ -103,9 +103,13 @@ class Admission:
     async def _unlisted(self, folder: Path, facts: AdapterFacts) -> AsyncIterator[None]:
         """While the block runs the engine can load the content; afterwards only if it was published."""
         is_ours = await self._workers.run(self._store.keep_unlisted, folder, facts)
+        # Or another server that starts meanwhile would take what has no version.
+        lease = await self._workers.run(self._store.keep, facts.digest)
         try:
             yield
         finally:
+            if lease is not None:
+                lease.release()
             if is_ours:
                 await self._forget_unless_published(facts.digest)
 
