@@ -3,22 +3,22 @@
 root/blobs/sha256/<64 hex>/   published files, never changed
 root/staging/<session>/…      what a living process is receiving or throwing away
 root/staging/<session>.lock   held while that process lives; staging of the dead is swept at the next start
+root/uploads/…                uploads that may go on after a cut: see uploads.py
 root/reading.lock             held while somebody reads the whole store; nothing is removed meanwhile
 """
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import re
 import secrets
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from adapters.durable import make_folder, remove_tree, sync_folder, try_lock
 from adapters.errors import (
     AdapterCorruptError,
     AdapterNotFoundError,
@@ -45,8 +45,9 @@ class BlobFolder:
         """Makes the folders where they are missing and removes what dead processes left in staging."""
         self._blobs = root / "blobs" / "sha256"
         self._staging = root / "staging"
+        self._uploads = root / "uploads"
         for folder in (root / "blobs", self._blobs, self._staging):
-            _make_folder(folder)
+            make_folder(folder)
         self._reading_lock = root / "reading.lock"
         self._leases = Leases()
         self._session, self._lock = self._begin_session()
@@ -55,7 +56,7 @@ class BlobFolder:
     def close(self) -> None:
         """Ends the session; everything this process staged is removed, and its leases end."""
         self._leases.close()
-        _remove(self._session)
+        remove_tree(self._session)
         self._lock_path(self._session.name).unlink(missing_ok=True)
         os.close(self._lock)
 
@@ -67,14 +68,14 @@ class BlobFolder:
     def discard(self, staged: Path) -> None:
         """Removes a staging folder; nothing happens if it is gone already."""
         self._check_staged(staged)
-        _remove(staged)
+        remove_tree(staged)
 
     def seal(self, staged: Path) -> tuple[StoredFile, ...]:
         """Makes the files read-only and durable, and answers what they are."""
         self._check_staged(staged)
         with disk_errors():
             files = tuple(_seal_file(staged / name) for name in sorted(os.listdir(staged)))
-            _sync_folder(staged)
+            sync_folder(staged)
         return files
 
     def describe(self, staged: Path) -> tuple[StoredFile, ...]:
@@ -103,7 +104,7 @@ class BlobFolder:
                 self._check_staged(folder)
                 self.take_out(digest)
                 folder.rename(self._place(digest))
-            _sync_folder(self._blobs)
+            sync_folder(self._blobs)
 
     def take_out(self, digest: str) -> None:
         """Moves a blob out of sight, whole or not at all; `empty_trash` removes it."""
@@ -112,7 +113,7 @@ class BlobFolder:
             place.unlink()
         elif place.exists():
             place.rename(self._session / f"trash-{secrets.token_hex(8)}")
-            _sync_folder(self._blobs)
+            sync_folder(self._blobs)
 
     def take_out_unused(self, digest: str) -> bool:
         """Moves a blob out of sight unless somebody has a lease on it; whether it is out of sight."""
@@ -133,7 +134,7 @@ class BlobFolder:
     def empty_trash(self) -> None:
         """Removes what was taken out by this process."""
         for trash in self._session.glob("trash-*"):
-            _remove(trash)
+            remove_tree(trash)
 
     def path_of(self, digest: str) -> Path:
         """The folder of a published blob; AdapterNotFoundError if there is none."""
@@ -183,7 +184,7 @@ class BlobFolder:
                 continue
             lock = self._try_lock(session)
             if lock is not None:
-                _remove(self._staging / session)
+                remove_tree(self._staging / session)
                 self._lock_path(session).unlink(missing_ok=True)
                 os.close(lock)
 
@@ -194,8 +195,8 @@ class BlobFolder:
         return self._staging / f"{session}{_LOCK_SUFFIX}"
 
     def _check_staged(self, staged: Path) -> None:
-        if staged.parent != self._session:
-            raise ValueError(f"{staged} is not from new_staging() of this store")
+        if staged.parent != self._session and staged.parent.parent != self._uploads:
+            raise ValueError(f"{staged} is not from new_staging() or `uploads` of this store")
 
     def _begin_session(self) -> tuple[Path, int]:
         while True:
@@ -207,14 +208,7 @@ class BlobFolder:
 
     def _try_lock(self, session: str) -> int | None:
         """The lock of a session, as a descriptor; None if a living process has it or just removed it."""
-        path = self._lock_path(session)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock).st_ino == path.lstat().st_ino:  # else a sweeper removed it in between
-                return lock
-        os.close(lock)
-        return None
+        return try_lock(self._lock_path(session))
 
 
 @contextlib.contextmanager
@@ -231,13 +225,6 @@ def disk_errors() -> Iterator[None]:
             f"the adapter store cannot be written ({os.strerror(error.errno or 0)}); see the server's disk",
             reason="STORAGE_FAILED",
         ) from error
-
-
-def _make_folder(folder: Path) -> None:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.is_symlink():
-        raise AdapterCorruptError(f"{folder.name} in the adapter store is a link; make it a folder")
-    _sync_folder(folder.parent)
 
 
 def _seal_file(path: Path) -> StoredFile:
@@ -257,22 +244,6 @@ def _describe(path: Path) -> StoredFile:
             sha256.update(chunk)
             size_bytes += len(chunk)
     return StoredFile(path.name, size_bytes, sha256.hexdigest())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    """Removes a folder and what is in it, or a link to one but never what it points at."""
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _corrupt(digest: str, why: str) -> AdapterCorruptError:

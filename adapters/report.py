@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from adapters.facts import Method
 
@@ -84,3 +85,19 @@ class ValidationReport:
     def with_check(self, check: Check) -> "ValidationReport":
         """The same with one more check."""
         return replace(self, checks=(*self.checks, check))
+
+
+def report_from(members: dict[str, Any]) -> ValidationReport:
+    """The report that `dataclasses.asdict` and JSON made these members of."""
+    checks = (
+        Check(**(check | {"outcome": Outcome(check["outcome"]), "problems": tuple(check["problems"])}))
+        for check in members["checks"]
+    )
+    return ValidationReport(
+        **members
+        | {
+            "checks": tuple(checks),
+            "modules": tuple(ModuleUpdate(**module) for module in members["modules"]),
+            "unmatched_tensors": tuple(members["unmatched_tensors"]),
+        }
+    )

@@ -9,7 +9,7 @@ import secrets
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -244,6 +244,23 @@ class Rows:
 
     def total_bytes(self) -> int:
         return int(self._value("SELECT coalesce(sum(size_bytes), 0) FROM contents"))
+
+    def usage_of(self, name: str) -> tuple[int, int]:
+        """How many versions a name has, and their bytes together."""
+        query = (
+            "SELECT count(*), coalesce(sum(c.size_bytes), 0) "
+            "FROM versions v JOIN contents c ON c.digest = v.digest WHERE v.name = ?"
+        )
+        versions, size_bytes = self._connection.execute(query, (name,)).fetchone()
+        return versions, size_bytes
+
+    def digests_of(self, files: Sequence[StoredFile]) -> list[str]:
+        """The contents that have exactly these files."""
+        size_bytes = sum(file.size_bytes for file in files)
+        rows = self._connection.execute(
+            "SELECT digest, files FROM contents WHERE size_bytes = ?", (size_bytes,)
+        )
+        return [row["digest"] for row in rows if frozenset(_files(row["files"])) == frozenset(files)]
 
     def unreferenced_bytes(self) -> int:
         """Of the contents that no version has."""

@@ -8,6 +8,7 @@ one of them uses (`hold`) is not removed by another.
 """
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -46,16 +47,19 @@ from adapters.names import (
     check_version,
     parse_reference,
 )
+from adapters.quota import StoreQuota
 from adapters.recovery import recover, remove_unused
 from adapters.retention import Collection, RetentionPolicy
 from adapters.retention import doomed as doomed_by
 from adapters.rows import Content, Entry, Rows, Transaction
+from adapters.uploads import UploadShelf
 
 __all__ = ["AdapterFacts", "AdapterRecord", "AdapterState", "AdapterStore", "StoredFile"]
 
 MAX_PAGE_SIZE = 1000
 _HOLD_ATTEMPTS = 3
 _NOTHING: Mapping[str, str] = {}
+_NO_LIMITS = StoreQuota()
 
 Digests = list[str]
 Records = list[AdapterRecord]
@@ -65,8 +69,11 @@ Page = tuple[list[AdapterRecord], str]
 class AdapterStore:
     """A folder of adapters. Thread-safe; every method may touch the disk, so keep them off an event loop."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, quota: StoreQuota = _NO_LIMITS) -> None:
         """Opens a store, or begins one, and puts right what a crash left.
+
+        Attributes:
+            uploads: those that are not whole yet; their files may be published from where they are.
 
         Raises:
             AdapterCorruptError: the catalogue cannot be read. A damaged adapter only becomes FAILED.
@@ -75,7 +82,10 @@ class AdapterStore:
         with disk_errors():
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._blobs = BlobFolder(root)
+        self._root = root
+        self._quota = quota
         try:
+            self.uploads = UploadShelf(root)
             self._catalogue = Catalogue(root / "catalogue.sqlite3")
             recover(self._catalogue, self._blobs)
         except BaseException:
@@ -120,7 +130,7 @@ class AdapterStore:
         files were damaged, these replace them.
 
         Args:
-            staged: from `new_staging`; consumed by success, left to the caller by an error.
+            staged: from `new_staging` or `uploads`; consumed by success, left to the caller by an error.
             facts: of exactly these files.
             version: None for the next one.
 
@@ -131,7 +141,7 @@ class AdapterStore:
             AdapterExistsError: the fixed version has other content, or was passed already.
             AdapterCorruptError: the files are not those that `facts` were taken from.
             InvalidAdapterError: name, version, labels or description.
-            CapacityError: the disk does not take it.
+            CapacityError: the disk or a quota does not take it.
         """
         check_name(name)
         if version is not None:
@@ -142,6 +152,9 @@ class AdapterStore:
             with self._catalogue.writing() as rows:
                 existing = same_content(rows, name, version, facts.digest)
                 number = existing.version if existing else free_version(rows, name, version)
+                if existing is None:
+                    growth_bytes = facts.size_bytes if rows.content(facts.digest) is None else 0
+                    self._quota.check(rows, name, facts.size_bytes, growth_bytes)
                 self._keep(rows, staged, facts, files)
                 if existing is None:
                     rows.add_version(name, number, facts.digest, labels, description)
@@ -426,6 +439,27 @@ class AdapterStore:
     def verify(self, digest: str) -> None:
         """Reads a content's files again; AdapterCorruptError if a byte is not what was published."""
         self._blobs.verify(digest, self._content(digest).files)
+
+    def check_quota(self, name: str, files: Sequence[StoredFile], shelved_bytes: int = 0) -> None:
+        """Whether a version with these files would fit, beside what else is being uploaded.
+
+        Args:
+            shelved_bytes: of these files that are in `uploads` already.
+
+        Raises:
+            CapacityError: it would not; see StoreQuota.
+        """
+        size_bytes = sum(file.size_bytes for file in files)
+        others_bytes = self.uploads.total_bytes() - shelved_bytes
+        with self._catalogue.reading() as rows:
+            known = rows.digests_of(files)
+            if not any(rows.with_digest(digest, name) for digest in known):
+                self._quota.check(rows, name, size_bytes, others_bytes + (0 if known else size_bytes))
+
+    def free_bytes(self) -> int:
+        """What the store's disk still takes."""
+        with disk_errors():
+            return shutil.disk_usage(self._root).free
 
     def total_bytes(self) -> int:
         """Bytes of all files in the store, those of deleted versions until they are removed."""

@@ -7,7 +7,8 @@ from types import TracebackType
 from quickchange import answers, requests
 from quickchange.calls import Calls, ResponseStream
 from quickchange.download import Download
-from quickchange.progress import Progress, Report, reporting
+from quickchange.progress import Progress, reporting
+from quickchange.push import Push
 from quickchange.types import (
     Adapter,
     AdapterEvent,
@@ -17,7 +18,7 @@ from quickchange.types import (
     Residency,
     UploadResult,
 )
-from quickchange.upload import UploadPlan
+from quickchange.upload import UploadPlan, new_upload_id
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 
 
@@ -44,6 +45,7 @@ class AdapterClient:
         progress: Progress = False,
         retries: int = 0,
         timeout_s: float | None = None,
+        upload_id: str | None = None,
     ) -> UploadResult:
         """Uploads the adapter in a folder; it can be asked for as soon as this returns.
 
@@ -52,6 +54,10 @@ class AdapterClient:
             validate_only: runs every check and publishes nothing.
             progress: True for a bar on standard error, or a function of bytes sent and bytes in all.
             retries: how often to come back when the server has too many uploads, after the time it asks for.
+            upload_id: of an upload that broke in another process, to go on with it; a new one by default.
+
+        A connection that breaks does not end it: it goes on from what the server has, as long as the server
+        comes back within the client's retry window. The file must not change meanwhile.
 
         Raises:
             InvalidArgumentError, FailedPreconditionError: the adapter was refused; `report` says all that is
@@ -59,16 +65,27 @@ class AdapterClient:
         """
         plan = UploadPlan.of(Path(directory))
         header = plan.header(
-            name, version=version, labels=labels, description=description, validate_only=validate_only
+            name,
+            upload_id=upload_id or new_upload_id(),
+            version=version,
+            labels=labels,
+            description=description,
+            validate_only=validate_only,
         )
+        # The same content is the same version, so sending all of it again does no harm.
+        attempts = self._calls.endpoint.attempts(repeatable=True, timeout_s=timeout_s, retries=retries)
         with reporting(progress, f"push {name}") as report:
-            response = self._calls.client_stream(
-                self._stub.UploadAdapter,
-                lambda: _sending(plan, header, report),
-                # The same content is the same version, so sending all of it again does no harm.
-                self._calls.endpoint.attempts(repeatable=True, timeout_s=timeout_s, retries=retries),
-            )
-        return answers.upload_result(response)
+            push = Push(self._calls, self._stub, plan, header, report, attempts)
+            return answers.upload_result(push.run(begun=upload_id is not None))
+
+    def cancel_upload(self, upload_id: str) -> None:
+        """Removes what the server keeps of an upload that broke.
+
+        Raises:
+            NotFoundError: it keeps nothing of it.
+            FailedPreconditionError: it is published already; delete that version instead.
+        """
+        self._calls.unary(self._stub.CancelUpload, adapters_pb2.CancelUploadRequest(upload_id=upload_id))
 
     def pull(
         self,
@@ -235,13 +252,3 @@ class AdapterWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _sending(
-    plan: UploadPlan, header: adapters_pb2.UploadHeader, report: Report
-) -> Iterator[adapters_pb2.UploadAdapterRequest]:
-    sent_bytes = 0
-    for message in plan.messages(header):
-        yield message
-        sent_bytes += len(message.chunk.data)
-        report(sent_bytes, plan.size_bytes)

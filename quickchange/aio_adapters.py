@@ -50,6 +50,7 @@ class AsyncAdapterClient:
         progress: Progress = False,
         retries: int = 0,
         timeout_s: float | None = None,
+        upload_id: str | None = None,
     ) -> UploadResult:
         """Uploads the adapter in a folder; it can be asked for as soon as this returns.
 
@@ -58,6 +59,10 @@ class AsyncAdapterClient:
             validate_only: runs every check and publishes nothing.
             progress: True for a bar on standard error, or a function of bytes sent and bytes in all.
             retries: how often to come back when the server has too many uploads, after the time it asks for.
+            upload_id: of an upload that broke in another process, to go on with it; a new one by default.
+
+        A connection that breaks does not end it: it goes on from what the server has, as long as the server
+        comes back within the client's retry window. The file must not change meanwhile.
 
         Raises:
             InvalidArgumentError, FailedPreconditionError: the adapter was refused; `report` says all that is
@@ -78,9 +83,20 @@ class AsyncAdapterClient:
                 progress=_on_this_loop(progress),
                 retries=retries,
                 timeout_s=timeout_s,
+                upload_id=upload_id,
             )
         finally:
             calls.close()  # ends the thread if this task was cancelled
+
+    async def cancel_upload(self, upload_id: str) -> None:
+        """Removes what the server keeps of an upload that broke.
+
+        Raises:
+            NotFoundError: it keeps nothing of it.
+            FailedPreconditionError: it is published already; delete that version instead.
+        """
+        request = adapters_pb2.CancelUploadRequest(upload_id=upload_id)
+        await self._calls.unary(self._stub.CancelUpload, request)
 
     async def pull(
         self,

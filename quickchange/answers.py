@@ -179,6 +179,7 @@ def server_info(response: server_pb2.GetServerInfoResponse) -> types.ServerInfo:
             max_batch_tokens=limits.max_batch_tokens,
             max_upload_bytes=limits.max_upload_bytes,
             max_adapter_rank=limits.max_adapter_rank,
+            uploads=_upload_limits(limits.uploads),
         ),
         capacity=types.Capacity(
             kv_tokens_total=capacity.kv_tokens_total,
@@ -197,6 +198,25 @@ def server_info(response: server_pb2.GetServerInfoResponse) -> types.ServerInfo:
             tokens_computed=steps.tokens_computed,
         ),
     )
+
+
+def _upload_limits(message: server_pb2.UploadLimits) -> types.UploadLimits:
+    return types.UploadLimits(
+        max_chunk_bytes=message.max_chunk_bytes,
+        max_concurrent=message.max_concurrent,
+        idle_timeout_s=_seconds(message.idle_timeout),
+        min_bytes_per_s=message.min_bytes_per_s,
+        resume_ttl_s=_seconds(message.resume_ttl),
+        max_store_bytes=_set_or_none(message, "max_store_bytes"),
+        max_bytes_per_name=_set_or_none(message, "max_bytes_per_name"),
+        max_versions_per_name=message.max_versions_per_name
+        if message.HasField("max_versions_per_name")
+        else None,
+    )
+
+
+def _set_or_none(message: server_pb2.UploadLimits, field: str) -> int | None:
+    return getattr(message, field) if any(set_.name == field for set_, _ in message.ListFields()) else None
 
 
 def _started(message: inference_pb2.Started) -> types.Started:

@@ -58,20 +58,16 @@ class Calls:
     def client_stream(
         self,
         method: "grpc.StreamUnaryMultiCallable[RequestT, ResponseT]",
-        requests: Callable[[], Iterator[RequestT]],
-        attempts: Attempts,
+        requests: Iterator[RequestT],
+        timeout_s: float | None,
     ) -> ResponseT:
-        """Sends what `requests` makes, anew at each attempt; an answer may come before all is sent."""
-
-        def once(timeout_s: float | None) -> ResponseT:
-            source = _Source(requests())
-            call = method.future(source, timeout=timeout_s, metadata=self.endpoint.metadata)
-            try:
-                return _result(call)
-            finally:
-                source.raise_error()
-
-        return _repeated(once, attempts)
+        """Sends all requests, once; an answer may come before the last of them."""
+        source = _Source(requests)
+        call = method.future(source, timeout=timeout_s, metadata=self.endpoint.metadata)
+        try:
+            return _result(call)
+        finally:
+            source.raise_error()
 
     def server_stream(
         self,

@@ -34,6 +34,9 @@ _OPTIONS = (
     # Our own retries decide when to ask again; gRPC's 1 s to 120 s would make them miss a server's return.
     ("grpc.initial_reconnect_backoff_ms", int(FIRST_DELAY_S * 1000)),
     ("grpc.max_reconnect_backoff_ms", int(LONGEST_DELAY_S * 1000)),
+    # A peer that vanished without a word would else be waited for until the call's own time-out.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
 )
 
 
@@ -96,6 +99,7 @@ class Endpoint:
             target=self.target,
             repeatable=repeatable,
             refusals_left=retries,
+            retry_window_s=self.retry_window_s,
             retry_until_s=now_s + self.retry_window_s,
             deadline_s=None if limit_s is None else now_s + limit_s,
         )
@@ -117,6 +121,7 @@ class Endpoint:
                 target=self.target,
                 repeatable=True,
                 refusals_left=0,
+                retry_window_s=timeout_s,
                 retry_until_s=deadline_s,
                 deadline_s=deadline_s,
             )
@@ -137,6 +142,7 @@ class Attempts:
     target: str
     repeatable: bool
     refusals_left: int
+    retry_window_s: float
     retry_until_s: float
     deadline_s: float | None
     _failures: int = 0
@@ -145,20 +151,36 @@ class Attempts:
         """What is left until the deadline, for the next attempt."""
         return None if self.deadline_s is None else max(self.deadline_s - time.monotonic(), 0.001)
 
+    def renewed(self) -> "Attempts":
+        """The same until the same deadline, with the whole retry window ahead again."""
+        return replace(self, retry_until_s=time.monotonic() + self.retry_window_s, _failures=0)
+
     def delay_s(self, error: QuickchangeError) -> float:
         """How long to wait before the next attempt.
 
         Raises:
             QuickchangeError: the given one, if there is to be no next attempt.
         """
-        now_s, delay_s, goes_on = time.monotonic(), self._backoff_s(), False
         if _refused(error) and self.refusals_left > 0:
             self.refusals_left -= 1
-            delay_s = max(delay_s, error.retry_after_s or 0.0)
-            goes_on = True
-        elif self._may_repeat(error):
-            goes_on = now_s + delay_s <= self.retry_until_s
-        if not goes_on or (self.deadline_s is not None and now_s + delay_s >= self.deadline_s):
+            return self._before_deadline_s(error, max(self._backoff_s(), error.retry_after_s or 0.0))
+        if self._may_repeat(error):
+            return self.pause_s(error)
+        raise self._final(error)
+
+    def pause_s(self, error: QuickchangeError) -> float:
+        """How long to wait after an error that the caller knows to be harmless to repeat.
+
+        Raises:
+            QuickchangeError: the given one, if the retry window is over.
+        """
+        delay_s = self._backoff_s()
+        if time.monotonic() + delay_s > self.retry_until_s:
+            raise self._final(error)
+        return self._before_deadline_s(error, delay_s)
+
+    def _before_deadline_s(self, error: QuickchangeError, delay_s: float) -> float:
+        if self.deadline_s is not None and time.monotonic() + delay_s >= self.deadline_s:
             raise self._final(error)
         self._failures += 1
         return delay_s

@@ -62,6 +62,7 @@ class QuickchangeError(Exception):
         retry_after_s: when the server asks to be tried again; None if it does not.
         metadata: further facts that the server attached to the reason.
         report: of an adapter that was refused: what every check found; None otherwise.
+        upload_id: of an upload that broke, to go on with it: `push(…, upload_id=…)`; empty if that is no use.
     """
 
     default_code: ClassVar[str] = "UNKNOWN"
@@ -85,6 +86,7 @@ class QuickchangeError(Exception):
         self.retry_after_s = retry_after_s
         self.metadata = metadata
         self.report = report
+        self.upload_id = ""
 
 
 class InvalidArgumentError(QuickchangeError):

@@ -29,7 +29,9 @@ def _bar(what: str) -> Iterator[Report]:
     with tqdm(desc=what, unit="B", unit_scale=True, unit_divisor=1024) as bar:
 
         def report(sent_bytes: int, total_bytes: int) -> None:
+            if bar.total is None:
+                bar.initial = bar.n = sent_bytes  # what an earlier process sent says nothing about the speed
             bar.total = total_bytes
-            bar.update(sent_bytes - bar.n)  # goes back when an upload starts again
+            bar.update(sent_bytes - bar.n)  # goes back when an upload goes on from what the server has
 
         yield report

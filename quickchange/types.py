@@ -322,6 +322,28 @@ class PullResult:
 
 
 @dataclass(frozen=True, slots=True)
+class UploadLimits:
+    """What an upload is held to.
+
+    Attributes:
+        max_concurrent: uploads at once.
+        idle_timeout_s: the longest wait for a chunk.
+        min_bytes_per_s: the slowest rate, on average over the idle time-out; 0 for any.
+        resume_ttl_s: how long an upload that broke can be resumed; 0 for not at all.
+        max_store_bytes, max_bytes_per_name, max_versions_per_name: None for no limit.
+    """
+
+    max_chunk_bytes: int
+    max_concurrent: int
+    idle_timeout_s: float
+    min_bytes_per_s: int
+    resume_ttl_s: float
+    max_store_bytes: int | None
+    max_bytes_per_name: int | None
+    max_versions_per_name: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """What the server refuses beyond."""
 
@@ -331,6 +353,7 @@ class Limits:
     max_batch_tokens: int
     max_upload_bytes: int
     max_adapter_rank: int
+    uploads: UploadLimits
 
 
 @dataclass(frozen=True, slots=True)

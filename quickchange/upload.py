@@ -1,10 +1,10 @@
 """What of a folder is uploaded, its checksums and its chunks. Knows nothing of channels."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import google_crc32c
 
@@ -18,7 +18,7 @@ REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 ALLOWED_FILES = (*REQUIRED_FILES, MANIFEST_FILE)
 PICKLE_FILE = "adapter_model.bin"
 
-CHUNK_BYTES = 512 * 1024
+CHUNK_BYTES = 1024 * 1024  # the most that a server takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,7 @@ class UploadPlan:
         self,
         name: str,
         *,
+        upload_id: str,
         labels: Mapping[str, str] | None = None,
         description: str = "",
         version: int | None = None,
@@ -68,7 +69,7 @@ class UploadPlan:
     ) -> adapters_pb2.UploadHeader:
         return adapters_pb2.UploadHeader(
             name=name,
-            upload_id=uuid4().hex,
+            upload_id=upload_id,
             files=[
                 adapters_pb2.UploadFile(name=file.path.name, size_bytes=file.size_bytes, sha256=file.sha256)
                 for file in self.files
@@ -79,21 +80,31 @@ class UploadPlan:
             version=version,
         )
 
-    def messages(self, header: adapters_pb2.UploadHeader) -> Iterator[adapters_pb2.UploadAdapterRequest]:
+    def messages(
+        self, header: adapters_pb2.UploadHeader, offsets: Sequence[int]
+    ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
         """The header, then every chunk; holds one chunk in memory.
+
+        Args:
+            offsets: bytes of each file that the server has already.
 
         Raises:
             DataLossError: a file became shorter or longer since it was hashed.
         """
         yield adapters_pb2.UploadAdapterRequest(header=header)
-        for index, file in enumerate(self.files):
-            for chunk in _chunks(index, file):
+        for index, (file, offset) in enumerate(zip(self.files, offsets, strict=True)):
+            for chunk in _chunks(index, file, offset):
                 yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
 
 
-def _chunks(index: int, planned: PlannedFile) -> Iterator[adapters_pb2.UploadChunk]:
-    offset = 0
+def new_upload_id() -> str:
+    """For one upload and its continuations; nobody else can guess it."""
+    return secrets.token_hex(16)
+
+
+def _chunks(index: int, planned: PlannedFile, offset: int) -> Iterator[adapters_pb2.UploadChunk]:
     with planned.path.open("rb") as file:
+        file.seek(offset)
         while data := file.read(CHUNK_BYTES):
             yield adapters_pb2.UploadChunk(
                 file_index=index, write_offset=offset, data=data, crc32c=google_crc32c.value(data)

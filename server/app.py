@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from adapters.base import Base, load_base
 from adapters.errors import AdapterError, BaseModelError
+from adapters.quota import StoreQuota
 from adapters.retention import RetentionPolicy
 from adapters.store import AdapterStore
 from quickchange.v1 import (
@@ -44,6 +45,7 @@ from server.services.inference import InferenceService
 from server.services.ingest import UploadDesk
 from server.services.interceptors import StatusInterceptor
 from server.services.server_info import ServerService
+from server.services.uploads import MAX_CHUNK_BYTES
 from server.services.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -117,7 +119,7 @@ class Server:
             max_rank=settings.engine.max_adapter_rank,
             canary_timeout_s=settings.grpc.canary_timeout_s,
         )
-        self._desk = UploadDesk(store, admission, settings.grpc, self._metrics, self._workers)
+        self._desk = UploadDesk(store, admission, settings, self._metrics, self._workers)
         self._health = HealthService(_SERVICES)
         self._told_to_stop = asyncio.Event()
         self._engine_died = False
@@ -128,6 +130,7 @@ class Server:
         Raises:
             StartError
         """
+        sweeping = asyncio.create_task(self._desk.sweep())
         try:
             await self._start_engine()
             endpoint = self._start_metrics()
@@ -144,6 +147,8 @@ class Server:
             await rpc_server.stop(_FLUSH_S)
             endpoint.close()
         finally:
+            sweeping.cancel()
+            await asyncio.wait([sweeping])
             await self._engine.stop(0)
             await self._prompts.close()
             self._workers.close()
@@ -220,9 +225,10 @@ class Server:
         return rpc_server, port
 
     def _grpc_options(self) -> list[tuple[str, int]]:
+        largest_bytes = max(self._settings.grpc.max_prompt_bytes * 2, MAX_CHUNK_BYTES)
         return [
             ("grpc.so_reuseport", 0),  # a port that is taken is an error, not a second server behind it
-            ("grpc.max_receive_message_length", self._settings.grpc.max_prompt_bytes * 2 + _ENVELOPE_BYTES),
+            ("grpc.max_receive_message_length", largest_bytes + _ENVELOPE_BYTES),
             ("grpc.max_send_message_length", -1),
             ("grpc.keepalive_time_ms", 30_000),  # finds out about clients that vanished without a word
             ("grpc.keepalive_timeout_ms", 10_000),
@@ -245,6 +251,7 @@ class Server:
                 max_batch_tokens=self._engine.max_batch_tokens,
                 max_upload_bytes=limits.max_upload_bytes,
                 max_adapter_rank=engine.max_adapter_rank,
+                uploads=_upload_limits(self._settings),
             ),
         )
 
@@ -283,9 +290,25 @@ class Server:
             log.warning("uploads are cut off: they did not end within the grace")
 
 
+def _upload_limits(settings: ServerSettings) -> server_pb2.UploadLimits:
+    limits = server_pb2.UploadLimits(
+        max_chunk_bytes=MAX_CHUNK_BYTES,
+        max_concurrent=settings.grpc.max_concurrent_uploads,
+        min_bytes_per_s=settings.grpc.upload_min_bytes_per_s,
+        max_store_bytes=settings.store.max_bytes,
+        max_bytes_per_name=settings.store.max_bytes_per_name,
+        max_versions_per_name=settings.store.max_versions_per_name,
+    )
+    limits.idle_timeout.FromMilliseconds(round(settings.grpc.upload_idle_timeout_s * 1000))
+    limits.resume_ttl.FromMilliseconds(round(settings.grpc.upload_resume_ttl_s * 1000))
+    return limits
+
+
 def _open_store(settings: ServerSettings) -> AdapterStore:
+    limits = settings.store
+    quota = StoreQuota(limits.max_bytes, limits.max_bytes_per_name, limits.max_versions_per_name)
     try:
-        return AdapterStore(settings.store.root)
+        return AdapterStore(limits.root, quota)
     except AdapterError as error:
         raise StartError(f"--store {settings.store.root}: {error}") from None
 

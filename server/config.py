@@ -96,6 +96,12 @@ class StoreSettings(_Section):
     root: Annotated[Path, About("folder of the adapter store")] = (
         Path.home() / ".local/share/quickchange/store"
     )
+    max_bytes: Annotated[int | None, About("bytes of all adapters; unset: what the disk takes", 1)] = None
+    max_bytes_per_name: Annotated[
+        int | None, About("bytes of all versions of one name; unset: no limit", 1)
+    ] = None
+    max_versions_per_name: Annotated[int | None, About("versions of one name; unset: no limit", 1)] = None
+    reserve_bytes: Annotated[int, About("bytes of the disk that uploads leave free", 0)] = 256 * MIB
     gc_interval_s: Annotated[
         float | None, About("seconds between collections of old versions; unset: only when asked for", 1)
     ] = None
@@ -180,6 +186,15 @@ class GrpcSettings(_Section):
     max_upload_bytes: Annotated[int, About("largest adapter, all files together", 1)] = 2 * GIB
     max_concurrent_uploads: Annotated[int, About("uploads at once; more is refused", 1, 1024)] = 4
     upload_idle_timeout_s: Annotated[float, About("longest wait for an upload's chunk", 0.1, 3600)] = 30.0
+    upload_min_bytes_per_s: Annotated[
+        int, About("slowest upload, on average over that long; 0: any", 0, GIB)
+    ] = 1024
+    upload_resume_ttl_s: Annotated[
+        float, About("how long an upload that broke can be resumed; 0: not at all", 0, 30 * 86400)
+    ] = 3600.0
+    max_resumable_uploads: Annotated[
+        int, About("uploads kept for that; the oldest goes first", 1, 100_000)
+    ] = 256
     canary_timeout_s: Annotated[
         float, About("longest replay of an uploaded adapter's canary, its load included", 0.1, 3600)
     ] = 30.0
@@ -219,6 +234,8 @@ SECTIONS: Mapping[str, type[_Section]] = {
 FLAG_NAMES: Mapping[str, str] = {
     "base": "base.source",
     "store": "store.root",
+    "store_max_bytes": "store.max_bytes",
+    "store_reserve_bytes": "store.reserve_bytes",
     "host": "grpc.host",
     "port": "grpc.port",
     "metrics_host": "metrics.host",

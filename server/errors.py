@@ -8,6 +8,9 @@ ServerError
 ├── EngineDownError        the engine died
 ├── AdapterLoadError       its adapter could not be brought to the device
 ├── DeadlineError          the deadline passed before the end
+├── UploadNotFoundError    no upload with this id
+├── UploadStateError       the upload with this id is not what the call takes it for
+├── UploadAbortedError     another call has the upload now
 └── RequestFailedError     this request alone failed inside; its batch-mates go on
 """
 
@@ -76,6 +79,37 @@ class DeadlineError(ServerError):
 
     reason = "DEADLINE_EXCEEDED"
     code = "DEADLINE_EXCEEDED"
+
+
+class UploadNotFoundError(ServerError):
+    """No upload with this id, or no longer."""
+
+    reason = "UPLOAD_NOT_FOUND"
+
+
+class UploadStateError(ServerError):
+    """The upload with this id is not what the call takes it for.
+
+    Args:
+        reason: UPLOAD_MISMATCH, begun with another header; UPLOAD_COMPLETE, published already.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class UploadAbortedError(ServerError):
+    """Another call has the upload now.
+
+    Args:
+        reason: UPLOAD_SUPERSEDED, a newer stream goes on with it; UPLOAD_CANCELLED; UPLOAD_BUSY, a stream to
+            another server has it.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class RequestFailedError(ServerError):

@@ -223,7 +223,13 @@ class Metrics:
         self._evictions.labels(tier).inc()
 
     def count_upload(self, result: str, received_bytes: int) -> None:
-        """An upload ended; result is "created", "unchanged", "validated" or an error's UPPER_SNAKE code."""
+        """A stream of an upload ended.
+
+        Args:
+            result: "created", "unchanged", "validated", "repeated" (the answer to an upload that was over
+                already), or an error's UPPER_SNAKE code.
+            received_bytes: by this stream; what it went on from was counted before.
+        """
         self._uploads.labels(result).inc()
         self._upload_bytes.inc(received_bytes)
 

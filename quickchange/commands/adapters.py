@@ -23,6 +23,7 @@ from quickchange.commands.output import print_facts, print_json, print_table, sh
 from quickchange.commands.report import print_report, summary
 from quickchange.errors import QuickchangeError
 from quickchange.types import Adapter, AdapterState, Residency, UploadResult
+from quickchange.upload import new_upload_id
 
 if TYPE_CHECKING:
     from quickchange.client import Client
@@ -53,6 +54,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     _add_pull(actions)
     following.add_watch(actions)
     following.add_gc(actions)
+    _add_cancel_upload(actions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,6 +88,9 @@ def _add_push(actions: "Subparsers") -> None:
     )
     parser.add_argument("--description", default="", metavar="TEXT", help="a line for people")
     parser.add_argument("--validate-only", action="store_true", help="run every check, publish nothing")
+    parser.add_argument(
+        "--resume", metavar="ID", help="go on with an upload that broke; the message about it names its ID"
+    )
     add_progress_option(parser)
     add_retries_option(parser)
     add_json_option(parser)
@@ -200,11 +205,22 @@ def _add_pull(actions: "Subparsers") -> None:
     add_server_options(parser)
 
 
+def _add_cancel_upload(actions: "Subparsers") -> None:
+    parser = add_command(
+        actions,
+        "cancel-upload",
+        "remove what the server keeps of an upload that broke",
+        "  quickchange adapters cancel-upload 9f86d081884c7d659a2feaa0c55ad015",
+    )
+    parser.add_argument("upload_id", metavar="ID", help="as the message about the upload names it")
+    add_server_options(parser)
+
+
 # What is done
 
 
 def _push(client: "Client", args: argparse.Namespace) -> None:
-    with _refusals_shown(args):
+    with _refusals_shown(args), _resumable(args.resume or new_upload_id()) as upload_id:
         result = client.adapters.push(
             args.directory,
             args.name,
@@ -214,6 +230,7 @@ def _push(client: "Client", args: argparse.Namespace) -> None:
             validate_only=args.validate_only,
             progress=progress_of(args),
             retries=args.retries,
+            upload_id=upload_id,
         )
     if not args.validate_only:
         for alias in args.alias:
@@ -222,6 +239,21 @@ def _push(client: "Client", args: argparse.Namespace) -> None:
         print_json(result)
     else:
         _print_pushed(result, validate_only=args.validate_only)
+
+
+@contextmanager
+def _resumable(upload_id: str) -> Iterator[str]:
+    """Says how to go on, if the block ends before the upload does but not for good."""
+    try:
+        yield upload_id
+    except (KeyboardInterrupt, QuickchangeError) as error:
+        if isinstance(error, KeyboardInterrupt) or error.upload_id:
+            print(
+                "what was sent stays at the server for a while; to go on, repeat the command with "
+                f"--resume {upload_id}",
+                file=sys.stderr,
+            )
+        raise
 
 
 def _print_pushed(result: UploadResult, *, validate_only: bool) -> None:
@@ -359,6 +391,11 @@ def _pull(client: "Client", args: argparse.Namespace) -> None:
     print(f"{result.adapter.reference} {result.directory} ({size(result.size_bytes)})")
 
 
+def _cancel_upload(client: "Client", args: argparse.Namespace) -> None:
+    client.adapters.cancel_upload(args.upload_id)
+    print(f"upload {args.upload_id} cancelled")
+
+
 _ACTIONS: Mapping[str, Callable[["Client", argparse.Namespace], None]] = {
     "push": _push,
     "check": _check,
@@ -373,4 +410,5 @@ _ACTIONS: Mapping[str, Callable[["Client", argparse.Namespace], None]] = {
     "pull": _pull,
     "watch": following.watch,
     "gc": following.collect,
+    "cancel-upload": _cancel_upload,
 }

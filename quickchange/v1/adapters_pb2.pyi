@@ -254,7 +254,11 @@ class UploadHeader(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     name: builtins.str
     upload_id: builtins.str
-    """Chosen by the client; identifies an upload that is to be resumed."""
+    """Chosen by the client, hard to guess: 1 to 128 of A-Z, a-z, 0-9, '.', '_' and '-', beginning with a letter or
+    digit. With it, an upload that breaks stays for a while: send the same header again, then chunks from the
+    offsets that QueryUpload tells. The newest stream has the upload; an older one ends with ABORTED. Once it is
+    published, the same header is answered again at once. Empty: an upload that breaks leaves nothing.
+    """
     validate_only: builtins.bool
     """Runs every check and publishes nothing."""
     description: builtins.str
@@ -295,6 +299,7 @@ class UploadChunk(google.protobuf.message.Message):
     CRC32C_FIELD_NUMBER: builtins.int
     file_index: builtins.int
     write_offset: builtins.int
+    """Where the file stands; or 0 in its first chunk of a stream, which starts the file again."""
     data: builtins.bytes
     """At most 1 MiB."""
     crc32c: builtins.int
@@ -533,7 +538,9 @@ class QueryUploadResponse(google.protobuf.message.Message):
 
     COMMITTED_OFFSETS_FIELD_NUMBER: builtins.int
     @property
-    def committed_offsets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def committed_offsets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Durable bytes of each file, in the order of the header; all of them once the upload is published."""
+
     def __init__(
         self,
         *,

@@ -107,14 +107,15 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def QueryUpload(self, request, context):
-        """The committed offset of each file of an upload that broke.
+        """Where an upload with an upload_id stands, so that it goes on after a cut; NOT_FOUND if it is not there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelUpload(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Ends an upload that is not published yet and removes its bytes.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

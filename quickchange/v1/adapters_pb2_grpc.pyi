@@ -28,8 +28,9 @@ class AdapterServiceStub:
     UploadAdapter: grpc.StreamUnaryMultiCallable[quickchange.v1.adapters_pb2.UploadAdapterRequest, quickchange.v1.adapters_pb2.UploadAdapterResponse]
     """Header first, then chunks; the adapter is visible only if every check passes."""
     QueryUpload: grpc.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.QueryUploadRequest, quickchange.v1.adapters_pb2.QueryUploadResponse]
-    """The committed offset of each file of an upload that broke."""
+    """Where an upload with an upload_id stands, so that it goes on after a cut; NOT_FOUND if it is not there."""
     CancelUpload: grpc.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.CancelUploadRequest, quickchange.v1.adapters_pb2.CancelUploadResponse]
+    """Ends an upload that is not published yet and removes its bytes."""
     GetAdapter: grpc.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.GetAdapterRequest, quickchange.v1.adapters_pb2.GetAdapterResponse]
     ListAdapters: grpc.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.ListAdaptersRequest, quickchange.v1.adapters_pb2.ListAdaptersResponse]
     UpdateAdapter: grpc.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.UpdateAdapterRequest, quickchange.v1.adapters_pb2.UpdateAdapterResponse]
@@ -50,8 +51,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     UploadAdapter: grpc.aio.StreamUnaryMultiCallable[quickchange.v1.adapters_pb2.UploadAdapterRequest, quickchange.v1.adapters_pb2.UploadAdapterResponse]  # type: ignore[assignment]
     """Header first, then chunks; the adapter is visible only if every check passes."""
     QueryUpload: grpc.aio.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.QueryUploadRequest, quickchange.v1.adapters_pb2.QueryUploadResponse]  # type: ignore[assignment]
-    """The committed offset of each file of an upload that broke."""
+    """Where an upload with an upload_id stands, so that it goes on after a cut; NOT_FOUND if it is not there."""
     CancelUpload: grpc.aio.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.CancelUploadRequest, quickchange.v1.adapters_pb2.CancelUploadResponse]  # type: ignore[assignment]
+    """Ends an upload that is not published yet and removes its bytes."""
     GetAdapter: grpc.aio.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.GetAdapterRequest, quickchange.v1.adapters_pb2.GetAdapterResponse]  # type: ignore[assignment]
     ListAdapters: grpc.aio.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.ListAdaptersRequest, quickchange.v1.adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     UpdateAdapter: grpc.aio.UnaryUnaryMultiCallable[quickchange.v1.adapters_pb2.UpdateAdapterRequest, quickchange.v1.adapters_pb2.UpdateAdapterResponse]  # type: ignore[assignment]
@@ -81,14 +83,15 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: quickchange.v1.adapters_pb2.QueryUploadRequest,
         context: _ServicerContext,
     ) -> typing.Union[quickchange.v1.adapters_pb2.QueryUploadResponse, collections.abc.Awaitable[quickchange.v1.adapters_pb2.QueryUploadResponse]]:
-        """The committed offset of each file of an upload that broke."""
+        """Where an upload with an upload_id stands, so that it goes on after a cut; NOT_FOUND if it is not there."""
 
     @abc.abstractmethod
     def CancelUpload(
         self,
         request: quickchange.v1.adapters_pb2.CancelUploadRequest,
         context: _ServicerContext,
-    ) -> typing.Union[quickchange.v1.adapters_pb2.CancelUploadResponse, collections.abc.Awaitable[quickchange.v1.adapters_pb2.CancelUploadResponse]]: ...
+    ) -> typing.Union[quickchange.v1.adapters_pb2.CancelUploadResponse, collections.abc.Awaitable[quickchange.v1.adapters_pb2.CancelUploadResponse]]:
+        """Ends an upload that is not published yet and removes its bytes."""
 
     @abc.abstractmethod
     def GetAdapter(

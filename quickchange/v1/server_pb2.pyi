@@ -5,6 +5,7 @@ The server itself."""
 
 import builtins
 import google.protobuf.descriptor
+import google.protobuf.duration_pb2
 import google.protobuf.message
 import sys
 import typing
@@ -36,12 +37,15 @@ class Limits(google.protobuf.message.Message):
     MAX_BATCH_TOKENS_FIELD_NUMBER: builtins.int
     MAX_UPLOAD_BYTES_FIELD_NUMBER: builtins.int
     MAX_ADAPTER_RANK_FIELD_NUMBER: builtins.int
+    UPLOADS_FIELD_NUMBER: builtins.int
     max_context_tokens: builtins.int
     max_running_requests: builtins.int
     max_waiting_requests: builtins.int
     max_batch_tokens: builtins.int
     max_upload_bytes: builtins.int
     max_adapter_rank: builtins.int
+    @property
+    def uploads(self) -> Global___UploadLimits: ...
     def __init__(
         self,
         *,
@@ -51,11 +55,76 @@ class Limits(google.protobuf.message.Message):
         max_batch_tokens: builtins.int = ...,
         max_upload_bytes: builtins.int = ...,
         max_adapter_rank: builtins.int = ...,
+        uploads: Global___UploadLimits | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["max_adapter_rank", b"max_adapter_rank", "max_batch_tokens", b"max_batch_tokens", "max_context_tokens", b"max_context_tokens", "max_running_requests", b"max_running_requests", "max_upload_bytes", b"max_upload_bytes", "max_waiting_requests", b"max_waiting_requests"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["uploads", b"uploads"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["max_adapter_rank", b"max_adapter_rank", "max_batch_tokens", b"max_batch_tokens", "max_context_tokens", b"max_context_tokens", "max_running_requests", b"max_running_requests", "max_upload_bytes", b"max_upload_bytes", "max_waiting_requests", b"max_waiting_requests", "uploads", b"uploads"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Limits: typing_extensions.TypeAlias = Limits
+
+@typing.final
+class UploadLimits(google.protobuf.message.Message):
+    """What an upload is held to; docs/guides/uploads.md."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_CHUNK_BYTES_FIELD_NUMBER: builtins.int
+    MAX_CONCURRENT_FIELD_NUMBER: builtins.int
+    IDLE_TIMEOUT_FIELD_NUMBER: builtins.int
+    MIN_BYTES_PER_S_FIELD_NUMBER: builtins.int
+    RESUME_TTL_FIELD_NUMBER: builtins.int
+    MAX_STORE_BYTES_FIELD_NUMBER: builtins.int
+    MAX_BYTES_PER_NAME_FIELD_NUMBER: builtins.int
+    MAX_VERSIONS_PER_NAME_FIELD_NUMBER: builtins.int
+    max_chunk_bytes: builtins.int
+    max_concurrent: builtins.int
+    """Uploads at once."""
+    min_bytes_per_s: builtins.int
+    """0: any rate."""
+    max_store_bytes: builtins.int
+    """Unset: no limit."""
+    max_bytes_per_name: builtins.int
+    max_versions_per_name: builtins.int
+    @property
+    def idle_timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """The longest wait for a chunk, and what the rate is averaged over."""
+
+    @property
+    def resume_ttl(self) -> google.protobuf.duration_pb2.Duration:
+        """How long an upload that broke can be resumed; 0: not at all."""
+
+    def __init__(
+        self,
+        *,
+        max_chunk_bytes: builtins.int = ...,
+        max_concurrent: builtins.int = ...,
+        idle_timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        min_bytes_per_s: builtins.int = ...,
+        resume_ttl: google.protobuf.duration_pb2.Duration | None = ...,
+        max_store_bytes: builtins.int | None = ...,
+        max_bytes_per_name: builtins.int | None = ...,
+        max_versions_per_name: builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_max_bytes_per_name", b"_max_bytes_per_name", "_max_store_bytes", b"_max_store_bytes", "_max_versions_per_name", b"_max_versions_per_name", "idle_timeout", b"idle_timeout", "max_bytes_per_name", b"max_bytes_per_name", "max_store_bytes", b"max_store_bytes", "max_versions_per_name", b"max_versions_per_name", "resume_ttl", b"resume_ttl"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_max_bytes_per_name", b"_max_bytes_per_name", "_max_store_bytes", b"_max_store_bytes", "_max_versions_per_name", b"_max_versions_per_name", "idle_timeout", b"idle_timeout", "max_bytes_per_name", b"max_bytes_per_name", "max_chunk_bytes", b"max_chunk_bytes", "max_concurrent", b"max_concurrent", "max_store_bytes", b"max_store_bytes", "max_versions_per_name", b"max_versions_per_name", "min_bytes_per_s", b"min_bytes_per_s", "resume_ttl", b"resume_ttl"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_bytes_per_name: typing_extensions.TypeAlias = typing.Literal["max_bytes_per_name"]
+    _WhichOneofArgType__max_bytes_per_name: typing_extensions.TypeAlias = typing.Literal["_max_bytes_per_name", b"_max_bytes_per_name"]
+    _WhichOneofReturnType__max_store_bytes: typing_extensions.TypeAlias = typing.Literal["max_store_bytes"]
+    _WhichOneofArgType__max_store_bytes: typing_extensions.TypeAlias = typing.Literal["_max_store_bytes", b"_max_store_bytes"]
+    _WhichOneofReturnType__max_versions_per_name: typing_extensions.TypeAlias = typing.Literal["max_versions_per_name"]
+    _WhichOneofArgType__max_versions_per_name: typing_extensions.TypeAlias = typing.Literal["_max_versions_per_name", b"_max_versions_per_name"]
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_bytes_per_name) -> _WhichOneofReturnType__max_bytes_per_name | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_store_bytes) -> _WhichOneofReturnType__max_store_bytes | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_versions_per_name) -> _WhichOneofReturnType__max_versions_per_name | None: ...
+
+Global___UploadLimits: typing_extensions.TypeAlias = UploadLimits
 
 @typing.final
 class Capacity(google.protobuf.message.Message):

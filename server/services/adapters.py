@@ -13,7 +13,7 @@ from adapters.files import open_regular
 from adapters.retention import RetentionPolicy
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 from server.engine import Engine
-from server.errors import InvalidRequestError, UnsupportedFeatureError
+from server.errors import InvalidRequestError
 from server.services import convert, reports
 from server.services.catalogue import Catalogue, Changes
 from server.services.changes import ChangeFeed
@@ -65,12 +65,14 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def QueryUpload(
         self, request: adapters_pb2.QueryUploadRequest, context: Context
     ) -> adapters_pb2.QueryUploadResponse:
-        raise UnsupportedFeatureError("uploads cannot be resumed yet; send UploadAdapter from the start")
+        offsets = await self._desk.committed(request.upload_id)
+        return adapters_pb2.QueryUploadResponse(committed_offsets=offsets)
 
     async def CancelUpload(
         self, request: adapters_pb2.CancelUploadRequest, context: Context
     ) -> adapters_pb2.CancelUploadResponse:
-        raise UnsupportedFeatureError("an upload ends with its call; cancel the UploadAdapter call itself")
+        await self._desk.cancel(request.upload_id)
+        return adapters_pb2.CancelUploadResponse()
 
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: Context

@@ -2,52 +2,56 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Final
 
 from adapters.errors import (
+    AdapterError,
     CanaryMismatchError,
     InvalidAdapterError,
     UnsupportedAdapterError,
+    UploadOffsetError,
     WrongBaseError,
 )
-from adapters.facts import AdapterFacts, AdapterRecord
+from adapters.facts import AdapterFacts
 from adapters.report import ValidationReport
 from adapters.store import AdapterStore
-from quickchange.v1 import adapters_pb2
-from server.config import GrpcSettings
-from server.errors import DrainingError, InvalidRequestError
+from adapters.uploads import shelf_key
+from server.config import ServerSettings
+from server.errors import InvalidRequestError, UploadAbortedError, UploadNotFoundError, UploadStateError
 from server.metrics import Metrics
 from server.services.admission import Admission
+from server.services.drafts import Draft, Ingested, Parked, ResumableDraft, outcome_of
+from server.services.inbox import Inbox, Messages, UploadStalledError
+from server.services.places import Places
+from server.services.room import Room
 from server.services.statuses import reason_of
-from server.services.uploads import (
-    StagedUpload,
-    TooManyUploadsError,
-    UploadPlan,
-    UploadStalledError,
-    plan_of,
-)
+from server.services.upload_plan import UploadPlan, check_upload_id, plan_of
+from server.services.uploads import ChunkCorruptError, UploadIncompleteError
 from server.services.workers import Workers
 
 log = logging.getLogger(__name__)
 
-Messages = AsyncIterator[adapters_pb2.UploadAdapterRequest]
+_REFUSED_BY_A_CHECK: Final = (
+    InvalidAdapterError,
+    UnsupportedAdapterError,
+    WrongBaseError,
+    CanaryMismatchError,
+)
+_CUT: Final = (
+    asyncio.CancelledError,
+    UploadStalledError,
+    UploadAbortedError,
+    UploadOffsetError,
+    UploadIncompleteError,
+    ChunkCorruptError,
+)
+"""What breaks an upload on its way. What came before is sound, and a resumable one keeps it."""
 
-_RETRY_AFTER_S = 1.0
-_REFUSED_BY_A_CHECK = (InvalidAdapterError, UnsupportedAdapterError, WrongBaseError, CanaryMismatchError)
-
-
-@dataclass(frozen=True, slots=True)
-class Ingested:
-    """A whole upload that passed every check; record is None if it was only to be validated."""
-
-    plan: UploadPlan
-    facts: AdapterFacts
-    report: ValidationReport
-    record: AdapterRecord | None
-    created: bool
+_EVERYBODY: Final = ""  # owner of every upload, as long as callers have no names
+_LONGEST_SWEEP_S: Final = 60.0
 
 
 class UploadDesk:
@@ -57,35 +61,49 @@ class UploadDesk:
         self,
         store: AdapterStore,
         admission: Admission,
-        settings: GrpcSettings,
+        settings: ServerSettings,
         metrics: Metrics,
         workers: Workers,
     ) -> None:
         self._store = store
         self._admission = admission
-        self._settings = settings
+        self._settings = settings.grpc
         self._metrics = metrics
         self._workers = workers
-        self._active = 0
-        self._closed = False
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._places = Places(settings.grpc.max_concurrent_uploads)
+        self._room = Room(store, settings.store.reserve_bytes)
+        self._parked: OrderedDict[str, Parked] = OrderedDict()
 
     def close(self) -> None:
         """Refuses new uploads from now on."""
-        self._closed = True
+        self._places.close()
 
     async def wait_until_idle(self) -> None:
         """Returns when no upload is under way."""
-        await self._idle.wait()
+        await self._places.wait_until_idle()
+
+    async def sweep(self) -> None:
+        """Removes what was kept for resuming and never was, until it is cancelled."""
+        settings = self._settings
+        while True:
+            try:
+                count = await self._workers.run(
+                    self._store.uploads.sweep, settings.upload_resume_ttl_s, settings.max_resumable_uploads
+                )
+            except (OSError, AdapterError):
+                log.exception("uploads that broke are not removed; trying again")
+            else:
+                if count:
+                    log.info("uploads given up count=%d", count)
+            await asyncio.sleep(min(max(settings.upload_resume_ttl_s / 4, 0.1), _LONGEST_SWEEP_S))
 
     async def take(self, messages: Messages) -> Ingested:
         """Receives one upload and publishes it.
 
         Raises:
-            ServerError, AdapterError: and nothing of the upload is left.
+            ServerError, AdapterError: nothing of the upload is visible. If it can be resumed and broke on its
+                way, its bytes stay for a while; otherwise nothing is left.
         """
-        self._enter()
         received = _Received()
         try:
             ingested = await self._receive(messages, received)
@@ -97,87 +115,149 @@ class UploadDesk:
         except asyncio.CancelledError:
             self._metrics.count_upload("CANCELLED", received.size_bytes)
             raise
-        finally:
-            self._leave()
-        self._metrics.count_upload(_result_of(ingested), received.size_bytes)
+        self._metrics.count_upload(received.result or _result_of(ingested), received.size_bytes)
         return ingested
 
-    def _enter(self) -> None:
-        if self._closed:
-            raise DrainingError("the server is draining; upload to another one")
-        if self._active >= self._settings.max_concurrent_uploads:
-            raise TooManyUploadsError(
-                f"{self._active} uploads are under way, which is the limit; try again later", _RETRY_AFTER_S
-            )
-        self._active += 1
-        self._idle.clear()
+    async def committed(self, upload_id: str) -> tuple[int, ...]:
+        """Durable bytes of each file of an upload, in the order of its header.
 
-    def _leave(self) -> None:
-        self._active -= 1
-        if not self._active:
-            self._idle.set()
+        Raises:
+            InvalidRequestError, UploadNotFoundError
+        """
+        return await self._workers.run(self._committed, self._key_of(upload_id), upload_id)
+
+    async def cancel(self, upload_id: str) -> None:
+        """Ends an upload and removes its bytes.
+
+        Raises:
+            InvalidRequestError, UploadNotFoundError
+            UploadStateError: it is published already.
+            UploadAbortedError: another process is receiving it.
+        """
+        key = self._key_of(upload_id)
+        self._places.stop(key, UploadAbortedError(f"upload {upload_id} was cancelled", "UPLOAD_CANCELLED"))
+        async with self._places.turn(key):
+            self._parked.pop(key, None)
+            await self._workers.run(self._remove, key, upload_id)
+
+    def _committed(self, key: str, upload_id: str) -> tuple[int, ...]:
+        shelved = self._store.uploads.find(key)
+        if shelved is None or (shelved.outcome and outcome_of(self._store, shelved.outcome) is None):
+            raise _not_found(upload_id)
+        return shelved.offsets
+
+    def _key_of(self, upload_id: str) -> str:
+        return shelf_key(check_upload_id(upload_id, "upload_id"), _EVERYBODY)
+
+    def _remove(self, key: str, upload_id: str) -> None:
+        place = self._store.uploads.take(key)
+        if place is None:
+            raise UploadAbortedError(f"upload {upload_id} is received by another process", "UPLOAD_BUSY")
+        try:
+            shelved = place.read()
+            if shelved is None:
+                place.remove()
+                raise _not_found(upload_id)
+            if shelved.outcome is not None:
+                raise UploadStateError(
+                    f"upload {upload_id} is published already; delete that version instead", "UPLOAD_COMPLETE"
+                )
+            place.remove()
+        finally:
+            place.release()
 
     async def _receive(self, messages: Messages, received: "_Received") -> Ingested:
-        plan = await self._plan_from(messages)
-        folder = await self._workers.run(self._store.new_staging)
-        try:
-            await self._write(messages, plan, folder, received)
-            return await self._admission.admit(folder, partial(self._publish, plan, folder))
-        finally:
-            await self._workers.run(self._store.discard, folder)
+        self._places.check_open()
+        settings = self._settings
+        inbox = Inbox(messages, settings.upload_idle_timeout_s, settings.upload_min_bytes_per_s)
+        plan = await self._plan_from(inbox)
+        is_resumable = plan.upload_id and settings.upload_resume_ttl_s
+        key = shelf_key(plan.upload_id, _EVERYBODY) if is_resumable else None
+        async with self._places.taken(key, inbox):
+            if key is None:
+                return await self._fill(Draft(self._store, plan), inbox, received)
+            draft = ResumableDraft(self._store, plan, key, self._parked.pop(key, None))
+            try:
+                return await self._fill(draft, inbox, received)
+            finally:
+                self._park(key, draft)
 
-    async def _plan_from(self, messages: Messages) -> UploadPlan:
-        first = await self._next(messages)
+    async def _plan_from(self, inbox: Inbox) -> UploadPlan:
+        first = await inbox.next()
         if first is None or first.WhichOneof("message") != "header":
             raise InvalidRequestError("header", "is missing; it must be the first message")
         return plan_of(first.header, self._settings.max_upload_bytes)
 
-    async def _write(self, messages: Messages, plan: UploadPlan, folder: Path, received: "_Received") -> None:
-        upload = await self._workers.run(StagedUpload, folder, plan)
-        try:
-            while (message := await self._next(messages)) is not None:
-                if message.WhichOneof("message") != "chunk":
-                    raise InvalidRequestError("chunk", "is missing; only chunks may follow the header")
-                await self._workers.run(upload.write, message.chunk)
-                received.size_bytes += len(message.chunk.data)
-            await self._workers.run(upload.finish)
-        finally:
-            upload.abandon()
+    async def _fill(self, draft: Draft, inbox: Inbox, received: "_Received") -> Ingested:
+        run = self._workers.run
+        with self._room.counting(draft):
+            try:
+                earlier = await run(draft.open)
+                if earlier is not None:
+                    received.result = "repeated"
+                    return earlier
+                await run(self._room.admit, draft)
+                await self._write(draft, inbox, received)
+                return await self._admission.admit(draft.folder, partial(self._publish, draft))
+            except _CUT:
+                await run(draft.keep)
+                raise
+            except BaseException:
+                await run(draft.discard)
+                raise
+            finally:
+                await run(draft.close)
 
-    async def _next(self, messages: Messages) -> adapters_pb2.UploadAdapterRequest | None:
-        """The next message; None at the end of the stream."""
-        try:
-            async with asyncio.timeout(self._settings.upload_idle_timeout_s):
-                return await anext(messages, None)
-        except TimeoutError:
-            raise UploadStalledError(
-                f"nothing came for {self._settings.upload_idle_timeout_s:g} s; upload again"
-            ) from None
+    async def _write(self, draft: Draft, inbox: Inbox, received: "_Received") -> None:
+        while (message := await inbox.next()) is not None:
+            if message.WhichOneof("message") != "chunk":
+                raise InvalidRequestError("chunk", "is missing; only chunks may follow the header")
+            await self._workers.run(self._room.check)
+            await self._workers.run(draft.write, message.chunk)
+            received.size_bytes += len(message.chunk.data)
+        await self._workers.run(draft.finish)
 
-    def _publish(
-        self, plan: UploadPlan, folder: Path, facts: AdapterFacts, report: ValidationReport
-    ) -> Ingested:
+    def _park(self, key: str, draft: ResumableDraft) -> None:
+        """Remembers digests of the latest uploads that broke."""
+        if draft.parked is not None:
+            self._parked[key] = draft.parked
+            while len(self._parked) > self._settings.max_resumable_uploads:
+                self._parked.popitem(last=False)
+
+    def _publish(self, draft: Draft, facts: AdapterFacts, report: ValidationReport) -> Ingested:
         """In a worker, once every check has passed: the one step that makes it visible."""
+        plan = draft.plan
         if plan.validate_only:
+            draft.discard()
             return Ingested(plan, facts, report, None, created=False)
         record, created = self._store.publish(
             plan.name,
-            folder,
+            draft.folder,
             facts,
             version=plan.version,
             labels=plan.labels,
             description=plan.description,
         )
+        ingested = Ingested(plan, facts, report, record, created)
+        draft.published(ingested)
         log.info("adapter published adapter=%s digest=%s created=%s", record.reference, facts.digest, created)
-        return Ingested(plan, facts, report, record, created)
+        return ingested
 
 
 @dataclass(slots=True)
 class _Received:
     size_bytes: int = 0
+    result: str = ""
+    """Of an upload that ended well in an unusual way."""
 
 
 def _result_of(ingested: Ingested) -> str:
     if ingested.record is None:
         return "validated"
     return "created" if ingested.created else "unchanged"
+
+
+def _not_found(upload_id: str) -> UploadNotFoundError:
+    return UploadNotFoundError(
+        f"there is no upload {upload_id}, or no longer; send UploadAdapter from the start"
+    )

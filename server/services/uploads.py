@@ -1,13 +1,14 @@
-"""One upload: the header's checks, then chunks to a staging folder. Knows neither calls nor adapters.
+"""The bytes of one upload on their way to disk: checked, hashed and written. Knows neither calls nor names.
 
 Memory does not grow with the upload: each chunk is checked, hashed and written before the next one is read.
 """
 
 import hashlib
-import re
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Final
@@ -15,166 +16,130 @@ from typing import Final
 import google_crc32c
 
 from adapters.blobs import disk_errors
-from adapters.bundle import MAX_BUNDLE_BYTES
-from adapters.errors import AdapterCorruptError, CapacityError, UploadOffsetError
-from adapters.files import BUNDLE_FILE, CONFIG_FILE, WEIGHTS_FILE
-from adapters.names import check_description, check_labels, check_name, check_version
-from adapters.spec import MAX_CONFIG_BYTES
+from adapters.errors import AdapterCorruptError, UploadOffsetError
+from adapters.facts import StoredFile
 from quickchange.v1 import adapters_pb2
 from server.config import MIB
-from server.errors import DeadlineError, InvalidRequestError, QueueFullError
+from server.errors import InvalidRequestError
 
 MAX_CHUNK_BYTES: Final = MIB
 
-_REQUIRED_FILES: Final = (CONFIG_FILE, WEIGHTS_FILE)
-_ALLOWED_FILES: Final = (*_REQUIRED_FILES, BUNDLE_FILE)
-_JSON_LIMITS: Final = {CONFIG_FILE: MAX_CONFIG_BYTES, BUNDLE_FILE: MAX_BUNDLE_BYTES}
-_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+
+class ChunkCorruptError(AdapterCorruptError):
+    """A chunk is not what its checksum says; what came before it is sound."""
 
 
-class TooManyUploadsError(QueueFullError):
-    """Every place for an upload is taken."""
-
-    reason = "TOO_MANY_UPLOADS"
-
-
-class UploadStalledError(DeadlineError):
-    """The next chunk did not come in time."""
-
-    reason = "UPLOAD_STALLED"
+class UploadIncompleteError(InvalidRequestError):
+    """The stream ended before the files were whole."""
 
 
 @dataclass(frozen=True, slots=True)
-class DeclaredFile:
-    """What the header says of a file, before a byte of it has come."""
+class Received:
+    """Where an upload stands: what it needs to go on.
 
-    name: str
-    size_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class UploadPlan:
-    """A header that passed its checks."""
-
-    name: str
-    version: int | None
-    files: tuple[DeclaredFile, ...]
-    validate_only: bool
-    labels: Mapping[str, str]
-    description: str
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(file.size_bytes for file in self.files)
-
-
-def plan_of(header: adapters_pb2.UploadHeader, max_upload_bytes: int) -> UploadPlan:
+    Attributes:
+        offsets: bytes of each file, in the plan's order.
+        digests: over exactly these bytes; None if they have to be read again.
     """
-    Raises:
-        InvalidRequestError, InvalidAdapterError: naming what is wrong.
-        CapacityError: the upload is larger than this server takes.
-    """
-    plan = UploadPlan(
-        name=check_name(header.name),
-        version=check_version(header.version) if header.HasField("version") else None,
-        files=tuple(_declared(file, index) for index, file in enumerate(header.files)),
-        validate_only=header.validate_only,
-        labels=check_labels(header.labels),
-        description=check_description(header.description),
-    )
-    names = [file.name for file in plan.files]
-    if len(set(names)) != len(names) or not set(_REQUIRED_FILES) <= set(names):
-        raise InvalidRequestError(
-            "header.files",
-            f"are {', '.join(names) or 'none'}; send {' and '.join(_REQUIRED_FILES)} once each, "
-            f"and {BUNDLE_FILE} if there is one",
-        )
-    if plan.size_bytes > max_upload_bytes:
-        raise CapacityError(
-            f"the upload has {plan.size_bytes} bytes, at most {max_upload_bytes} are taken",
-            reason="UPLOAD_TOO_LARGE",
-        )
-    return plan
 
-
-def _declared(file: adapters_pb2.UploadFile, index: int) -> DeclaredFile:
-    where = f"header.files[{index}]"
-    if file.name not in _ALLOWED_FILES:
-        raise InvalidRequestError(
-            f"{where}.name", f"is {file.name[:128]!r}, must be one of {', '.join(_ALLOWED_FILES)}"
-        )
-    if file.size_bytes == 0:
-        raise InvalidRequestError(f"{where}.size_bytes", "is 0, must be the size of the file")
-    limit = _JSON_LIMITS.get(file.name)
-    if limit is not None and file.size_bytes > limit:
-        raise InvalidRequestError(
-            f"{where}.size_bytes", f"is {file.size_bytes}, {file.name} may have at most {limit}"
-        )
-    if not _SHA256.fullmatch(file.sha256):
-        raise InvalidRequestError(f"{where}.sha256", "must be 64 lower-case hexadecimal digits")
-    return DeclaredFile(file.name, file.size_bytes, file.sha256)
+    offsets: tuple[int, ...]
+    digests: "tuple[hashlib._Hash, ...] | None" = None
 
 
 @dataclass(slots=True)
 class _OpenFile:
-    declared: DeclaredFile
+    declared: StoredFile
     sink: FileIO
-    written: int = 0
-    digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    written: int
+    digest: "hashlib._Hash"
+    begun: bool = False
+    """A chunk of this stream was written."""
+    unsynced: bool = False
 
 
 class StagedUpload:
     """The files of one upload on their way to disk. Every method blocks; one thread at a time."""
 
-    def __init__(self, folder: Path, plan: UploadPlan) -> None:
+    def __init__(self, folder: Path, files: Sequence[StoredFile], received: Received | None = None) -> None:
         """
         Args:
-            folder: an empty one; its removal is the caller's.
+            folder: an empty one, or what an earlier stream left there; its removal is the caller's.
+            received: how much of it counts; anything after that is written over. None: nothing yet.
 
         Raises:
             CapacityError: the disk is full.
         """
-        with disk_errors():
-            self._files = [
-                _OpenFile(item, (folder / item.name).open("xb", buffering=0)) for item in plan.files
-            ]
+        self._files: list[_OpenFile] = []
+        self.unsynced_bytes = 0
+        try:
+            with disk_errors():
+                for index, file in enumerate(files):
+                    self._files.append(_opened(folder / file.name, file, received, index))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def remaining_bytes(self) -> int:
+        """What is still to come."""
+        return sum(file.declared.size_bytes - file.written for file in self._files)
+
+    def received(self) -> Received:
+        """Where the upload stands."""
+        return Received(
+            tuple(file.written for file in self._files), tuple(file.digest for file in self._files)
+        )
 
     def write(self, chunk: adapters_pb2.UploadChunk) -> None:
-        """Checks a chunk and appends it to its file.
+        """Checks a chunk and puts it where its file stands; the first one of a stream may start it again.
 
         Raises:
             InvalidRequestError, UploadOffsetError, AdapterCorruptError, CapacityError
         """
         file = self._file_of(chunk)
         if google_crc32c.value(chunk.data) != chunk.crc32c:
-            raise AdapterCorruptError(
+            raise ChunkCorruptError(
                 f"chunk of {file.declared.name} at {chunk.write_offset}: crc32c does not match; send it again"
             )
+        if chunk.write_offset != file.written:
+            file.written, file.digest = 0, hashlib.sha256()
         with disk_errors():
-            _write_all(file.sink, chunk.data)
+            _write_all(file.sink, chunk.data, file.written)
         file.digest.update(chunk.data)
         file.written += len(chunk.data)
+        file.begun = file.unsynced = True
+        self.unsynced_bytes += len(chunk.data)
 
-    def finish(self) -> None:
-        """Closes the files and checks that each is whole.
+    def sync(self) -> None:
+        """Makes what was written durable.
 
         Raises:
-            InvalidRequestError, AdapterCorruptError, CapacityError
+            CapacityError: the disk did not take it; nothing of the upload can be trusted any more.
         """
         for file in self._files:
-            with disk_errors():
-                file.sink.close()
+            if file.unsynced:
+                with disk_errors():
+                    os.fdatasync(file.sink.fileno())
+                file.unsynced = False
+        self.unsynced_bytes = 0
+
+    def finish(self) -> None:
+        """Checks that each file is whole.
+
+        Raises:
+            InvalidRequestError, AdapterCorruptError
+        """
+        for file in self._files:
             declared = file.declared
             if file.written != declared.size_bytes:
-                raise InvalidRequestError(
+                raise UploadIncompleteError(
                     "chunk", f"{declared.name} ended after {file.written} of {declared.size_bytes} bytes"
                 )
             if file.digest.hexdigest() != declared.sha256:
                 raise AdapterCorruptError(f"{declared.name}: sha256 does not match; send it again")
 
-    def abandon(self) -> None:
-        """Closes the files, whose bytes nobody wants any more; harmless to repeat, or after `finish`."""
+    def close(self) -> None:
+        """Closes the files as they are; harmless to repeat."""
         for file in self._files:
             with suppress(OSError):
                 file.sink.close()
@@ -190,16 +155,53 @@ class StagedUpload:
             )
         file = self._files[chunk.file_index]
         name, size_bytes = file.declared.name, file.declared.size_bytes
-        if chunk.write_offset != file.written:
+        starts_again = chunk.write_offset == 0 and not file.begun
+        if chunk.write_offset != file.written and not starts_again:
             raise UploadOffsetError(
                 f"chunk of {name} is for offset {chunk.write_offset}, the file stands at {file.written}"
             )
-        if file.written + len(chunk.data) > size_bytes:
+        if chunk.write_offset + len(chunk.data) > size_bytes:
             raise InvalidRequestError("chunk.data", f"goes past the {size_bytes} bytes declared for {name}")
         return file
 
 
-def _write_all(sink: FileIO, data: bytes) -> None:
+def _opened(path: Path, declared: StoredFile, received: Received | None, index: int) -> _OpenFile:
+    if received is None:
+        return _OpenFile(declared, path.open("xb", buffering=0), 0, hashlib.sha256())
+    if path.is_file() and not path.is_symlink():
+        _make_ours(path)
+    sink = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b")
+    try:
+        written = min(received.offsets[index], sink.seek(0, os.SEEK_END))
+        sink.truncate(written)
+        known = received.digests is not None and written == received.offsets[index]
+        digest = received.digests[index] if received.digests and known else _digest_of(sink)
+    except BaseException:
+        sink.close()
+        raise
+    return _OpenFile(declared, sink, written, digest)
+
+
+def _make_ours(path: Path) -> None:
+    """Writable, if it was sealed already; and a file of its own, if its canary's blob still shares it."""
+    with disk_errors():
+        if path.stat().st_nlink > 1:
+            copy = path.with_name(f".{path.name}")
+            shutil.copyfile(path, copy)
+            copy.replace(path)
+        path.chmod(0o600)
+
+
+def _digest_of(sink: FileIO) -> "hashlib._Hash":
+    sink.seek(0)
+    digest = hashlib.sha256()
+    while data := sink.read(MAX_CHUNK_BYTES):
+        digest.update(data)
+    return digest
+
+
+def _write_all(sink: FileIO, data: bytes, offset: int) -> None:
     rest = memoryview(data)
     while rest:
-        rest = rest[sink.write(rest) :]
+        count = os.pwrite(sink.fileno(), rest, offset)
+        rest, offset = rest[count:], offset + count

@@ -1,6 +1,5 @@
 """Uploading: what is right becomes an adapter, what is not leaves no trace."""
 
-import hashlib
 import json
 import shutil
 import struct
@@ -10,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import grpc
 import pytest
 import torch
@@ -26,14 +24,12 @@ from quickchange import (
     OutOfRangeError,
     QuickchangeError,
     ResourceExhaustedError,
-    UnimplementedError,
 )
 from quickchange.errors import from_rpc
-from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
+from quickchange.v1 import adapters_pb2_grpc
 from tests.e2e.process import ServerProcess, eventually
 from tests.e2e.spoiling import with_config, with_tensors
-
-FILES = ("adapter_config.json", "adapter_model.safetensors")
+from tests.e2e.uploading import FILES, chunk, contents, messages_of, refused, staged, stalled
 
 
 @pytest.fixture
@@ -57,47 +53,6 @@ def unchanged(server: ServerProcess, pushed: Mapping[str, str]) -> Iterator[None
         eventually(lambda: contents(server.store) == before[1])
         assert [a.etag for a in client.adapters.list()] == before[0]
         assert client.generate("x", adapter="a", max_new_tokens=1).adapter.digest == pushed["a"]
-
-
-def contents(store: Path) -> list[tuple[str, int]]:
-    """Every file but those of the database, which may checkpoint at any time."""
-    files = (path for path in store.rglob("*") if path.is_file() and ".sqlite" not in path.name)
-    return sorted(
-        (str(path.relative_to(store)), path.stat().st_size) for path in files if ".db" not in path.name
-    )
-
-
-def staged(server: ServerProcess) -> list[Path]:
-    """Folders of uploads that are under way: each process has its own folder in staging."""
-    return list((server.store / "staging").glob("*/*"))
-
-
-def messages_of(folder: Path, name: str, **changes: Any) -> list[adapters_pb2.UploadAdapterRequest]:
-    """A right upload in chunks of 4 KiB; `changes` go into the header."""
-    bodies = [(folder / file).read_bytes() for file in FILES]
-    files = [
-        adapters_pb2.UploadFile(name=file, size_bytes=len(body), sha256=hashlib.sha256(body).hexdigest())
-        for file, body in zip(FILES, bodies, strict=True)
-    ]
-    header = adapters_pb2.UploadHeader(**({"name": name, "files": files} | changes))
-    messages = [adapters_pb2.UploadAdapterRequest(header=header)]
-    for index, body in enumerate(bodies):
-        messages += (chunk(index, at, body[at : at + 4096]) for at in range(0, len(body), 4096))
-    return messages
-
-
-def chunk(index: int, offset: int, data: bytes) -> adapters_pb2.UploadAdapterRequest:
-    return adapters_pb2.UploadAdapterRequest(
-        chunk=adapters_pb2.UploadChunk(
-            file_index=index, write_offset=offset, data=data, crc32c=google_crc32c.value(data)
-        )
-    )
-
-
-def refused(stub: Any, messages: list[adapters_pb2.UploadAdapterRequest]) -> QuickchangeError:
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.UploadAdapter(iter(messages), timeout=30)
-    return from_rpc(caught.value)
 
 
 def test_a_pushed_adapter_is_there_with_its_facts(
@@ -303,13 +258,6 @@ def test_an_upload_over_the_limit_is_refused(stub: Any, adapters: Mapping[str, P
     assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "UPLOAD_TOO_LARGE")
 
 
-def stalled(messages: list[adapters_pb2.UploadAdapterRequest], go_on: Callable[[], bool]) -> Iterator[Any]:
-    """Half an upload, and then nothing."""
-    yield from messages[: len(messages) // 2]
-    while not go_on():
-        time.sleep(0.05)
-
-
 @pytest.mark.usefixtures("unchanged")
 def test_a_stalled_upload_times_out(stub: Any, adapters: Mapping[str, Path], server: ServerProcess) -> None:
     over: list[bool] = []
@@ -352,19 +300,6 @@ def test_uploads_beyond_the_limit_are_told_to_come_back(
     assert isinstance(error, ResourceExhaustedError)
     assert error.reason == "TOO_MANY_UPLOADS"
     assert error.retry_after_s is not None
-
-
-def test_what_is_not_there_yet_says_so(stub: Any) -> None:
-    calls = [
-        lambda: stub.QueryUpload(adapters_pb2.QueryUploadRequest(upload_id="x")),
-        lambda: stub.CancelUpload(adapters_pb2.CancelUploadRequest(upload_id="x")),
-    ]
-    for call in calls:
-        with pytest.raises(grpc.RpcError) as caught:
-            call()
-        error = from_rpc(caught.value)
-        assert isinstance(error, UnimplementedError)
-        assert error.reason == "UNSUPPORTED_FEATURE"
 
 
 def test_uploads_are_counted(server: ServerProcess, client: Client, copy: Path) -> None:

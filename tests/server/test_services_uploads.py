@@ -12,7 +12,8 @@ import pytest
 from adapters.errors import AdapterCorruptError, CapacityError, InvalidAdapterError, UploadOffsetError
 from quickchange.v1 import adapters_pb2
 from server.errors import InvalidRequestError
-from server.services.uploads import MAX_CHUNK_BYTES, StagedUpload, plan_of
+from server.services.upload_plan import plan_of
+from server.services.uploads import MAX_CHUNK_BYTES, StagedUpload
 
 CONFIG = b'{"r": 8}'
 WEIGHTS = bytes(range(256)) * 20
@@ -35,7 +36,7 @@ def chunk(index: int, offset: int, data: bytes, crc32c: int | None = None) -> ad
 
 @pytest.fixture
 def upload(tmp_path: Path) -> StagedUpload:
-    return StagedUpload(tmp_path, plan_of(header(), 1 << 20))
+    return StagedUpload(tmp_path, plan_of(header(), 1 << 20).files)
 
 
 def test_a_whole_upload_is_on_disk_as_it_was_sent(upload: StagedUpload, tmp_path: Path) -> None:
@@ -45,7 +46,7 @@ def test_a_whole_upload_is_on_disk_as_it_was_sent(upload: StagedUpload, tmp_path
     upload.finish()
     assert (tmp_path / "adapter_config.json").read_bytes() == CONFIG
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == WEIGHTS
-    upload.abandon()  # harmless afterwards
+    upload.close()  # harmless afterwards
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_a_full_disk_is_told_as_one(upload: StagedUpload, tmp_path: Path) -> Non
     os.close(full)
     with pytest.raises(CapacityError, match="disk of the adapter store is full"):
         upload.write(chunk(1, 0, WEIGHTS))
-    upload.abandon()
+    upload.close()
 
 
 def leads_to(descriptor: str) -> str:
@@ -172,7 +173,7 @@ def test_nothing_is_written_through_what_is_there_already(tmp_path: Path) -> Non
     staging.mkdir()
     (staging / "adapter_config.json").symlink_to(canary)
     with pytest.raises(CapacityError, match="File exists"):
-        StagedUpload(staging, plan_of(header(), 1 << 20))
+        StagedUpload(staging, plan_of(header(), 1 << 20).files)
     assert canary.read_text() == "untouched"
 
 
@@ -184,7 +185,7 @@ def test_memory_does_not_grow_with_the_upload(tmp_path: Path) -> None:
         digest.update(block)
     big = upload_file("adapter_model.safetensors", b"", size_bytes=size, sha256=digest.hexdigest())
     upload = StagedUpload(
-        tmp_path, plan_of(header(upload_file("adapter_config.json", CONFIG), big), size * 2)
+        tmp_path, plan_of(header(upload_file("adapter_config.json", CONFIG), big), size * 2).files
     )
     upload.write(chunk(0, 0, CONFIG))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,10 +13,12 @@ from adapters import errors as adapter_errors
 from quickchange.errors import QuickchangeError, from_rpc
 from quickchange.v1 import inference_pb2, inference_pb2_grpc
 from server import errors as server_errors
+from server.services.inbox import UploadStalledError
 from server.services.interceptors import StatusInterceptor
+from server.services.places import TooManyUploadsError
 from server.services.replay import CanaryDelayedError
 from server.services.statuses import TABLE, clipped, code_of, status_of
-from server.services.uploads import TooManyUploadsError, UploadStalledError
+from server.services.uploads import ChunkCorruptError, UploadIncompleteError
 
 EXPECTED = {
     server_errors.InvalidRequestError: "INVALID_ARGUMENT",
@@ -29,6 +31,11 @@ EXPECTED = {
     server_errors.AdapterLoadError: "FAILED_PRECONDITION",
     server_errors.DeadlineError: "DEADLINE_EXCEEDED",
     UploadStalledError: "DEADLINE_EXCEEDED",
+    server_errors.UploadNotFoundError: "NOT_FOUND",
+    server_errors.UploadStateError: "FAILED_PRECONDITION",
+    server_errors.UploadAbortedError: "ABORTED",
+    UploadIncompleteError: "INVALID_ARGUMENT",
+    ChunkCorruptError: "DATA_LOSS",
     server_errors.RequestFailedError: "INTERNAL",
     adapter_errors.InvalidAdapterError: "INVALID_ARGUMENT",
     adapter_errors.UnsupportedAdapterError: "FAILED_PRECONDITION",
@@ -56,6 +63,8 @@ def an(cls: type[Exception]) -> Any:
         return cls("sampling.top_p", "is 7, must be in (0, 1]")
     if issubclass(cls, server_errors.QueueFullError):
         return cls("256 requests are waiting", 2.5)
+    if issubclass(cls, server_errors.UploadStateError | server_errors.UploadAbortedError):
+        return cls("upload 7f is not right; do this", "UPLOAD_BUSY")
     if issubclass(cls, server_errors.AdapterLoadError):
         return cls(adapter_errors.AdapterCorruptError("sha256:00 has changed"))
     if issubclass(cls, adapter_errors.UnsupportedAdapterError):

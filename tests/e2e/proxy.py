@@ -1,0 +1,81 @@
+"""A TCP proxy that cuts connections, as bad networks do. No test lives here."""
+
+import contextlib
+import socket
+import struct
+import threading
+from collections.abc import Iterable, Iterator
+
+PIECE_BYTES = 16 * 1024
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset and throw away what is on its way
+
+
+class CuttingProxy:
+    """Forwards to a server; each connection lives for so many bytes of what its client sends.
+
+    Args:
+        target: HOST:PORT of the server.
+        budgets: bytes that the first, second, … connection may send before it is cut; later ones live on.
+        server_notices: False leaves the server's side open and silent, as when a cable is pulled.
+    """
+
+    def __init__(self, target: str, budgets: Iterable[int], *, server_notices: bool = True) -> None:
+        host, port = target.rsplit(":", 1)
+        self._target = (host, int(port))
+        self._budgets = iter(budgets)
+        self._server_notices = server_notices
+        self._sockets: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.cuts = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        for each in [self._listener, *self._sockets]:
+            with contextlib.suppress(OSError):
+                each.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(self._target)
+                self._sockets += [client, server]
+                budget = next(self._budgets, None)
+                for work in ((self._up, client, server, budget), (self._down, server, client)):
+                    threading.Thread(target=work[0], args=work[1:], daemon=True).start()
+
+    def _up(self, client: socket.socket, server: socket.socket, budget: int | None) -> None:
+        with contextlib.suppress(OSError):
+            while data := client.recv(PIECE_BYTES if budget is None else min(PIECE_BYTES, budget)):
+                server.sendall(data)
+                if budget is not None:
+                    budget -= len(data)
+                    if not budget:
+                        self.cuts += 1
+                        break
+        _reset(client)
+        if budget != 0 or self._server_notices:
+            _reset(server)
+
+    def _down(self, server: socket.socket, client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := server.recv(PIECE_BYTES):
+                client.sendall(data)
+        _reset(client)
+
+
+def _reset(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        connection.shutdown(socket.SHUT_RDWR)
+        connection.close()
+
+
+@contextlib.contextmanager
+def cutting(target: str, budgets: Iterable[int], *, server_notices: bool = True) -> Iterator[CuttingProxy]:
+    proxy = CuttingProxy(target, budgets, server_notices=server_notices)
+    try:
+        yield proxy
+    finally:
+        proxy.close()

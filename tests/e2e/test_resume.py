@@ -1,0 +1,191 @@
+"""Uploads that break and go on: cut sockets, dead connections, killed servers; and how large they may be."""
+
+import hashlib
+import itertools
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from quickchange import AsyncClient, Client, UnavailableError
+from quickchange.upload import UploadPlan
+from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
+from tests.e2e.process import ServerProcess, eventually, running
+from tests.e2e.proxy import cutting
+from tests.e2e.wide import build_wide_model, write_wide_adapter
+
+MIB = 1 << 20
+CUTS = 20
+SETTINGS = {
+    "engine.max_running_requests": 2,
+    "engine.kv_bytes": "16MiB",
+    "engine.max_adapter_rank": 4096,
+    "engine.adapter_device_bytes": "64MiB",
+    "grpc.upload_idle_timeout_s": 600,
+}
+
+
+@pytest.fixture(scope="module")
+def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wide_model(tmp_path_factory.mktemp("wide"))
+
+
+@pytest.fixture(scope="module")
+def wide_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_wide_adapter(tmp_path_factory.mktemp("adapters") / "wide", 40 * MIB)
+
+
+@pytest.fixture(scope="module")
+def wide_server(wide_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with running(ServerProcess(wide_base, tmp_path_factory.mktemp("store"), SETTINGS)) as process:
+        yield process
+
+
+def connect(address: str) -> Client:
+    return Client(address, timeout_s=300, retry_window_s=30)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def assert_stored(server: ServerProcess, adapter: Any, folder: Path) -> None:
+    """The store has the very files that the uploader has."""
+    blob = server.store / "blobs/sha256" / adapter.digest.removeprefix("sha256:")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert sha256_of(blob / file) == sha256_of(folder / file)
+
+
+def check_memory_and_cuts(server: ServerProcess, folder: Path, seed: int) -> None:
+    """Cut at a random byte twenty times it ends identical, and the server holds next to nothing of it."""
+    size_bytes = (folder / "adapter_model.safetensors").stat().st_size
+    chance = random.Random(seed)
+    budgets = [chance.randrange(1, size_bytes // CUTS) for _ in range(CUTS)]
+    memory_kib = [server.memory_kib]
+    sent: list[int] = []
+
+    def watch(sent_bytes: int, total_bytes: int) -> None:
+        memory_kib.append(server.memory_kib)
+        sent.append(sent_bytes)
+
+    with cutting(server.grpc, budgets) as proxy, connect(proxy.address) as client:
+        result = client.adapters.push(folder, "cut", progress=watch)
+    assert proxy.cuts == CUTS
+    assert result.created
+    assert_stored(server, result.adapter, folder)
+    assert max(memory_kib) - memory_kib[0] < 32 * 1024
+    resent_bytes = sum(max(0, earlier - later) for earlier, later in itertools.pairwise(sent))
+    assert resent_bytes < size_bytes / 2, "it goes on instead of starting again"
+    with connect(server.grpc) as client:
+        assert not client.adapters.push(folder, "cut").created  # straight: the same content
+        assert client.adapters.delete("cut", all_versions=True) == 1
+
+
+def test_an_upload_cut_twenty_times_ends_identical_in_constant_memory(
+    wide_server: ServerProcess, wide_adapter: Path
+) -> None:
+    check_memory_and_cuts(wide_server, wide_adapter, seed=6)
+
+
+@pytest.mark.slow
+def test_300_mb_cut_twenty_times_end_identical_in_constant_memory(
+    wide_server: ServerProcess, tmp_path: Path
+) -> None:
+    check_memory_and_cuts(wide_server, write_wide_adapter(tmp_path / "big", 300 * 10**6), seed=300)
+
+
+def test_a_connection_that_only_its_client_knows_to_be_dead_costs_nothing(
+    wide_server: ServerProcess, wide_adapter: Path
+) -> None:
+    """The server would wait for the old stream for ten minutes; the newer one takes over."""
+    before = wide_server.scrape()
+    with cutting(wide_server.grpc, [5 * MIB], server_notices=False) as proxy:
+        with connect(proxy.address) as client:
+            result = client.adapters.push(wide_adapter, "half-dead")
+        assert proxy.cuts == 1
+        assert_stored(wide_server, result.adapter, wide_adapter)
+    after = wide_server.scrape()
+    superseded = 'quickchange_adapter_uploads_total{result="UPLOAD_SUPERSEDED"}'
+    assert after[superseded] - before.get(superseded, 0.0) == 1
+    received = "quickchange_adapter_upload_bytes_total"
+    assert after[received] - before[received] >= UploadPlan.of(wide_adapter).size_bytes
+    with connect(wide_server.grpc) as client:
+        client.adapters.delete("half-dead", all_versions=True)
+
+
+async def test_the_asyncio_client_goes_on_too(wide_server: ServerProcess, wide_adapter: Path) -> None:
+    with cutting(wide_server.grpc, [3 * MIB, 9 * MIB]) as proxy:
+        async with AsyncClient(proxy.address, timeout_s=300, retry_window_s=30) as client:
+            result = await client.adapters.push(wide_adapter, "async")
+            await client.adapters.delete(result.adapter.reference)
+    assert proxy.cuts == 2
+
+
+def test_the_client_names_the_id_of_what_it_could_not_end(
+    wide_server: ServerProcess, wide_adapter: Path
+) -> None:
+    with (
+        cutting(wide_server.grpc, itertools.chain([5 * MIB], itertools.repeat(1))) as proxy,
+        Client(proxy.address, retry_window_s=0.5) as cut_off,
+        pytest.raises(UnavailableError) as caught,
+    ):
+        cut_off.adapters.push(wide_adapter, "named")
+    sent: list[int] = []
+    with connect(wide_server.grpc) as client:
+        client.adapters.push(
+            wide_adapter,
+            "named",
+            upload_id=caught.value.upload_id,
+            progress=lambda sent_bytes, total_bytes: sent.append(sent_bytes),
+        )
+        client.adapters.delete("named", all_versions=True)
+    assert sent[0] >= MIB
+
+
+def test_a_killed_server_has_what_it_said_it_has(wide_base: Path, wide_adapter: Path, tmp_path: Path) -> None:
+    plan = UploadPlan.of(wide_adapter)
+    header = plan.header("survivor", upload_id="survivor-1")
+    store = tmp_path / "store"
+    with running(ServerProcess(wide_base, store, SETTINGS)) as first:
+        killed_at = kill_amid(first, list(plan.messages(header, (0, 0))), 36)
+    with running(ServerProcess(wide_base, store, SETTINGS)) as second, connect(second.grpc) as client:
+        assert list(client.adapters.list()) == []
+        with grpc.insecure_channel(second.grpc) as channel:
+            stub = adapters_pb2_grpc.AdapterServiceStub(channel)
+            query = adapters_pb2.QueryUploadRequest(upload_id="survivor-1")
+            committed = list(stub.QueryUpload(query).committed_offsets)
+        assert 32 * MIB <= sum(committed) <= killed_at
+        before = second.scrape().get("quickchange_adapter_upload_bytes_total", 0.0)
+        result = client.adapters.push(wide_adapter, "survivor", upload_id="survivor-1")
+        assert_stored(second, result.adapter, wide_adapter)
+        received = second.scrape()["quickchange_adapter_upload_bytes_total"] - before
+        assert received == plan.size_bytes - sum(committed)
+
+
+def kill_amid(server: ServerProcess, messages: list[Any], count: int) -> int:
+    """Kills a server once it took so many messages of an upload; their bytes together."""
+    over = threading.Event()
+    size_bytes = sum(len(message.chunk.data) for message in messages[:count])
+
+    def some() -> Iterator[Any]:
+        yield from messages[:count]
+        over.wait(60)
+
+    with grpc.insecure_channel(server.grpc) as channel:
+        call = adapters_pb2_grpc.AdapterServiceStub(channel).UploadAdapter.future(some())
+        eventually(lambda: written_bytes(server) == size_bytes)
+        server.process.kill()
+        server.wait()
+        over.set()
+        with pytest.raises(grpc.RpcError):
+            call.result()
+    return size_bytes
+
+
+def written_bytes(server: ServerProcess) -> int:
+    return sum(path.stat().st_size for path in server.store.glob("uploads/*/files/*"))
