@@ -186,7 +186,7 @@ def _make_ours(path: Path) -> None:
     """Writable, if it was sealed already; and a file of its own, if its canary's blob still shares it."""
     with disk_errors():
         if path.stat().st_nlink > 1:
-            copy = path.with_name(f".{path.name}")
+            copy = path.parent.with_name(f"copy-{path.name}")  # not among the adapter's files
             shutil.copyfile(path, copy)
             copy.replace(path)
         path.chmod(0o600)

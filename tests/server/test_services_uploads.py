@@ -1,5 +1,6 @@
 """What an upload's header and chunks may be, against real files."""
 
+import errno
 import hashlib
 import os
 import resource
@@ -13,7 +14,7 @@ from adapters.errors import AdapterCorruptError, CapacityError, InvalidAdapterEr
 from quickchange.v1 import adapters_pb2
 from server.errors import InvalidRequestError
 from server.services.upload_plan import plan_of
-from server.services.uploads import MAX_CHUNK_BYTES, StagedUpload
+from server.services.uploads import MAX_CHUNK_BYTES, Received, StagedUpload
 
 CONFIG = b'{"r": 8}'
 WEIGHTS = bytes(range(256)) * 20
@@ -193,3 +194,53 @@ def test_memory_does_not_grow_with_the_upload(tmp_path: Path) -> None:
         upload.write(chunk(1, index * MAX_CHUNK_BYTES, block))
     upload.finish()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 * 1024  # KiB
+
+
+FILES = plan_of(header(), 1 << 20).files
+
+
+@pytest.mark.parametrize("remember", [True, False])
+def test_an_upload_goes_on_with_or_without_its_digests(tmp_path: Path, remember: bool) -> None:
+    first = StagedUpload(tmp_path, FILES)
+    first.write(chunk(1, 0, WEIGHTS[:100]))
+    first.sync()
+    received = first.received()
+    received = Received(received.offsets, tuple(digest.copy() for digest in received.digests or ()))
+    first.write(chunk(1, 100, WEIGHTS[100:200]))  # written, not saved
+    first.close()
+    again = StagedUpload(tmp_path, FILES, received if remember else Received((0, 100)))
+    with pytest.raises(UploadOffsetError):
+        again.write(chunk(1, 200, WEIGHTS[200:]))
+    again.write(chunk(1, 100, WEIGHTS[100:]))
+    again.write(chunk(0, 0, CONFIG))
+    again.finish()
+    assert received.offsets == (0, 100)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_file_that_a_blob_shares_is_not_written_to(tmp_path: Path) -> None:
+    staging, blob = tmp_path / "staging", tmp_path / "blob"
+    staging.mkdir()
+    first = StagedUpload(staging, FILES)
+    first.write(chunk(1, 0, WEIGHTS))
+    first.close()
+    blob.hardlink_to(staging / "adapter_model.safetensors")
+    blob.chmod(0o400)
+    again = StagedUpload(staging, FILES, Received((0, len(WEIGHTS))))
+    again.write(chunk(1, 0, bytes(len(WEIGHTS))))
+    again.close()
+    assert blob.read_bytes() == WEIGHTS
+    assert blob.stat().st_mode & 0o777 == 0o400
+    assert [path.name for path in staging.iterdir() if "copy" in path.name] == []
+
+
+def test_a_disk_that_fails_to_sync_is_told(upload: StagedUpload, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload.write(chunk(1, 0, WEIGHTS))
+
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fails)
+    with pytest.raises(CapacityError) as caught:
+        upload.sync()
+    assert caught.value.reason == "STORAGE_FAILED"
