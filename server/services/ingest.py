@@ -213,8 +213,8 @@ class UploadDesk:
             if message.WhichOneof("message") != "chunk":
                 raise InvalidRequestError("chunk", "is missing; only chunks may follow the header")
             await self._workers.run(self._room.check)
+            received.size_bytes += len(message.chunk.data)  # before: a cut may come while it is written
             await self._workers.run(draft.write, message.chunk)
-            received.size_bytes += len(message.chunk.data)
         await self._workers.run(draft.finish)
 
     def _park(self, key: str, draft: ResumableDraft) -> None:
