@@ -222,7 +222,10 @@ def test_a_busy_server_keeps_its_requests_and_asks_to_come_back(
         for stream in busy:
             assert isinstance(next(stream), Started)
         with pytest.raises(DeadlineExceededError):
-            client.adapters.push(with_canaries["a"], "late", timeout_s=1)  # gives up in the middle
+            client.adapters.push(
+                with_canaries["a"], "late", upload_id="late", timeout_s=1
+            )  # gives up halfway
+        client.adapters.cancel_upload("late")
         eventually(lambda: contents(server.store) == before)
         with pytest.raises(ResourceExhaustedError) as caught:
             client.adapters.push(with_canaries["a"], "late")

@@ -129,7 +129,7 @@ def test_the_client_names_the_id_of_what_it_could_not_end(
     wide_server: ServerProcess, wide_adapter: Path
 ) -> None:
     with (
-        cutting(wide_server.grpc, itertools.chain([5 * MIB], itertools.repeat(1))) as proxy,
+        cutting(wide_server.grpc, itertools.chain([24 * MIB], itertools.repeat(1))) as proxy,
         Client(proxy.address, retry_window_s=0.5) as cut_off,
         pytest.raises(UnavailableError) as caught,
     ):
