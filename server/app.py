@@ -85,9 +85,9 @@ def serve(settings: ServerSettings) -> int:
     try:
         _check_free("--port", settings.grpc.host, settings.grpc.port)
         _check_free("--metrics-port", settings.metrics.host, settings.metrics.port)
-        store = _open_store(settings)
-        base = _load_base(settings)
-        return asyncio.run(Server(settings, base, store).run())
+        with _open_store(settings) as store:
+            base = _load_base(settings)
+            return asyncio.run(Server(settings, base, store).run())
     except (StartError, BaseModelError, AdapterError, OutOfMemoryAtStartError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -163,7 +163,7 @@ class Catalogue:
 
     async def load_pinned(self) -> None:
         """Has every pinned adapter loaded, after a start; what does not fit is named in the log."""
-        for digest in sorted(self._pinned):
+        for digest in sorted(self._pinned, key=self._names.__getitem__):
             name = self._names[digest]
             try:
                 await self._engine.load(digest)
