@@ -44,7 +44,7 @@ class PackedLinear:
     Attributes:
         in_features, out_features: D and O.
         form: how weights are stored.
-        weights, bias: as they are stored.
+        weights, scales, bias: as they are stored.
         record: the C structure; its address stays valid as long as this object lives.
     """
 
@@ -70,8 +70,7 @@ class PackedLinear:
         """
         self.out_features, self.in_features = shape
         self.form = form
-        self.weights, self.bias = weights, bias
-        self._kept = weights, scales, bias
+        self.weights, self.scales, self.bias = weights, scales, bias
         self._factors: dict[int, LoraFactors] = {}  # keeps alive what the table points to
         self._table = (Factors * 0)()
         self.record = Linear(
@@ -91,7 +90,8 @@ class PackedLinear:
     @property
     def weight_bytes(self) -> int:
         """Memory of weights, scales and bias."""
-        return sum(tensor.nbytes for tensor in self._kept if tensor is not None)
+        kept = self.weights, self.scales, self.bias
+        return sum(tensor.nbytes for tensor in kept if tensor is not None)
 
     def set_slot(self, slot: int, factors: LoraFactors | None) -> None:
         """Attaches an adapter's factors to a slot, or takes them away with None; not while a step runs.

@@ -31,6 +31,19 @@ class Row:
     def is_decode(self) -> bool:
         return self.count == 1
 
+    @property
+    def positions(self) -> range:
+        return range(self.start, self.start + self.count)
+
+    def blocks(self, block_tokens: int) -> list[int]:
+        """Cache blocks of every position up to the row's last, so many tokens to a block."""
+        return self.sequence.blocks[: -(-(self.start + self.count) // block_tokens)]
+
+    def slots(self, block_tokens: int) -> list[int]:
+        """Cache slots of the row's own positions."""
+        blocks = self.sequence.blocks
+        return [blocks[at // block_tokens] * block_tokens + at % block_tokens for at in self.positions]
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:

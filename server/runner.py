@@ -18,7 +18,7 @@ from kernels.paged_attention import AttentionPlan, PrefillSegment
 from kernels.paging import MAX_WIDTH, PagedRows
 from kernels.screen import ScreenedHead, can_be_screened
 from kernels.varlen import VarlenAttention, varlen_for
-from server.batch import Batch, Row
+from server.batch import Batch
 from server.direct import DirectForward, direct_forward, head_is_last, model_forward
 from server.fusion import NativeCaches, fuse_layers
 from server.kv_cache import (
@@ -157,36 +157,26 @@ class ModelRunner:
         positions: list[int] = []
         sequences: list[int] = []
         for index, row in enumerate(batch.rows):
-            positions += range(row.start, row.start + row.count)
+            positions += row.positions
             sequences += [index] * row.count
-        tables = [self._blocks_of(row) for row in batch.rows]
+        tables = [row.blocks(self._block_tokens) for row in batch.rows]
         return PagedRows(positions, sequences, tables, self._block_tokens)
 
     def _plan(self, batch: Batch) -> AttentionPlan:
         decodes = [row for row in batch.rows if row.is_decode]
         prefills, start = [], len(decodes)
         for row in batch.rows[start:]:
-            blocks = self._tensor(self._blocks_of(row))
+            blocks = self._tensor(row.blocks(self._block_tokens))
             prefills.append(PrefillSegment(start, start + row.count, row.start, blocks))
             start += row.count
-        tables = _padded([self._blocks_of(row) for row in decodes])
+        tables = _padded([row.blocks(self._block_tokens) for row in decodes])
         return AttentionPlan(
-            write_T=self._tensor([slot for row in batch.rows for slot in self._slots_of(row)]),
+            write_T=self._tensor([slot for row in batch.rows for slot in row.slots(self._block_tokens)]),
             decode_rows=len(decodes),
             decode_blocks_BM=self._tensor(tables) if decodes else None,
             decode_lengths_B=self._tensor([row.start + 1 for row in decodes]) if decodes else None,
             prefills=tuple(prefills),
         )
-
-    def _blocks_of(self, row: Row) -> list[int]:
-        """Cache blocks of positions 0 … row.start + row.count - 1."""
-        return row.sequence.blocks[: -(-(row.start + row.count) // self._block_tokens)]
-
-    def _slots_of(self, row: Row) -> list[int]:
-        """Cache slots of the row's own positions."""
-        size, blocks = self._block_tokens, row.sequence.blocks
-        positions = range(row.start, row.start + row.count)
-        return [blocks[position // size] * size + position % size for position in positions]
 
     def _tensor(self, values: Items[int] | Items[Items[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long).to(self._device, non_blocking=True)

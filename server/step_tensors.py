@@ -69,7 +69,7 @@ class StepBuffers:
         return buffer.filled(self._numbers(batch.rows, shape), max(row.count for row in batch.rows))
 
     def _shape_of(self, rows: Items[Row], decodes: bool) -> _Shape:
-        blocks = max(len(self._blocks_of(row)) for row in rows)
+        blocks = max(len(row.blocks(self._block_tokens)) for row in rows)
         samples = sum(row.samples for row in rows)
         if not decodes:
             return _Shape(sum(row.count for row in rows), len(rows), samples, blocks)
@@ -84,11 +84,10 @@ class StepBuffers:
         slots: list[int] = []
         tables: list[int] = []
         for row in rows:
-            own = range(row.start, row.start + row.count)
-            blocks = self._blocks_of(row)
+            blocks = row.blocks(size)
             ids += row.sequence.token_ids[row.start : row.start + row.count]
-            positions += own
-            slots += [blocks[position // size] * size + position % size for position in own]
+            positions += row.positions
+            slots += row.slots(size)
             tables += blocks + blocks[-1:] * (shape.blocks - len(blocks))
         starts = [*accumulate([row.count for row in rows] + [1] * pad, initial=0)]
         lengths = [row.start + row.count for row in rows] + [1] * pad
@@ -97,9 +96,6 @@ class StepBuffers:
         ends += [0] * (shape.samples - len(ends))
         tables += [self._spare] * (pad * shape.blocks)
         return [*ids, *zeros, *positions, *zeros, *slots, *spare, *starts, *lengths, *ends, *tables]
-
-    def _blocks_of(self, row: Row) -> list[int]:
-        return row.sequence.blocks[: -(-(row.start + row.count) // self._block_tokens)]
 
 
 class _Buffer:
@@ -111,7 +107,7 @@ class _Buffer:
         self._host = torch.empty(total, dtype=torch.int32, pin_memory=on_cuda)
         self._memory = torch.empty(total, dtype=torch.int32, device=device)
         self._write_T = torch.empty(shape.tokens, dtype=torch.int64, device=device)
-        self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]  # torch's
+        self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]  # torch has no types here
         self._parts = torch.split(self._memory, shape.sizes)
         self._shape = shape
 

@@ -45,7 +45,8 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if isinstance(value, Tensor):
                 yield f"{name}.{attribute}", value
             elif isinstance(value, PackedLinear):
-                kept = (tensor for tensor in value._kept if tensor is not None)
+                tensors = (value.weights, value.scales, value.bias)
+                kept = (tensor for tensor in tensors if tensor is not None)
                 yield from ((f"{name}.{attribute}[{i}]", tensor) for i, tensor in enumerate(kept))
 
 

@@ -178,7 +178,7 @@ def test_without_bfloat16_products_medium_is_highest() -> None:
 def test_packing_loses_nothing() -> None:
     for ins, outs, blocksize in ((64, 32, 64), (96, 33, 64), (40, 7, 32), (8, 1, 64)):
         layer, weight_OD = nf4_layer(ins, outs, blocksize, None, seed=ins)
-        weights, scales, _ = layer._kept
+        weights, scales = layer.weights, layer.scales
         assert torch.equal(unpacked_weight(weights, scales, (outs, ins)), weight_OD)
 
 

@@ -180,7 +180,7 @@ def test_one_disturbed_order_of_summation_is_found(folder: Path, base_cache: Pat
     disturbed = model.get_submodule(name)
     assert isinstance(disturbed, MultiLoraLinear)
     assert disturbed.packed is not None
-    weights, scales, _ = disturbed.packed._kept
+    weights, scales = disturbed.packed.weights, disturbed.packed.scales
     plain = nn.Linear(disturbed.packed.in_features, disturbed.packed.out_features, bias=False)
     plain.weight.data = unpacked_weight(weights, scales, (plain.out_features, plain.in_features))
     model.set_submodule(name, plain)
