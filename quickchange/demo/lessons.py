@@ -116,7 +116,7 @@ def _key(lesson: Lesson, data: Path, fingerprint: str) -> str:
 
 
 def _read(lesson: Lesson, folder: Path, *, cached: bool) -> Trained:
-    from training.train import REPORT_FILE, artefacts_folder
+    from training.outcome import REPORT_FILE, artefacts_folder
 
     fit = json.loads((artefacts_folder(folder) / REPORT_FILE).read_text())["fit"]
     losses = tuple(point["loss"] for point in fit["losses"])

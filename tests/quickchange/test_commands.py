@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import training.fitting
 import training.merge
 import training.train
 from adapters.errors import UnsupportedBaseError
@@ -145,7 +146,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
         seen.append(recipe)
         if recipe.seed == 13:
             raise DivergedError("the loss is nan at step 3; lower the rate")
-        fit = training.train.Fit(5, 100, 1.0, 10, "adamw", "float32", 0, (LossPoint(1, 0.5, 0.0),), ())
+        fit = training.fitting.Fit(5, 100, 1.0, 10, "adamw", "float32", 0, (LossPoint(1, 0.5, 0.0),), ())
         facts: Any = None
         report: Any = None
         return training.train.TrainingResult(recipe.out, recipe.out, facts, report, fit, recipe.publish)

@@ -16,10 +16,11 @@ from adapters.validate import validate_adapter
 from tests.models import build_tiny_model
 from training.data import Collator, Examples, RowEncoder, prepare
 from training.errors import DataError, DivergedError, PublishError, RecipeError
+from training.outcome import artefacts_folder
 from training.qlora import attached, lora_config, products_dtype
 from training.recipe import Recipe
 from training.recorder import Recorder
-from training.train import TrainingResult, artefacts_folder, train
+from training.train import TrainingResult, train
 
 ROWS = [{"prompt": f"say {n}", "completion": f"{n * 7 % 10} ok"} for n in range(48)]
 
