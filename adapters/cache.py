@@ -43,7 +43,8 @@ def publish_folder(folder: Path, build: Callable[[Path], None]) -> None:
     staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         build(staged)
-        _finish(staged)
+        _make_readable(staged)
+        flush_tree(staged)
         staged.rename(folder)
         _flush(folder.parent)
     except BaseException:
@@ -59,11 +60,16 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _finish(folder: Path) -> None:
-    """Makes all of it readable for others (what was made so far may be private) and flushes it to disk."""
+def flush_tree(folder: Path) -> None:
+    """Flushes everything in a folder, and the folder, to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
+
+
+def _make_readable(folder: Path) -> None:
+    """For others too: what was made so far may be private."""
     for path in [*folder.rglob("*"), folder]:
         path.chmod(0o755 if path.is_dir() else 0o644)
-        _flush(path)
 
 
 def _flush(path: Path) -> None:

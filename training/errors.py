@@ -1,10 +1,12 @@
 """Every way a training run can be refused or fail. Knows no libraries; messages are one line with the remedy.
 
 TrainingError
-├── RecipeError    a setting of the run is unknown, malformed or out of its range
-├── DataError      a row or a whole file of data cannot be used
-├── DivergedError  the loss is no number any more
-└── PublishError   the server refuses the adapter, or would refuse it
+├── RecipeError      a setting of the run is unknown, malformed or out of its range
+├── DataError        a row or a whole file of data cannot be used
+├── CheckpointError  there is a checkpoint that cannot be gone on from, or that nobody said what to do with
+├── DivergedError    the loss is no number any more
+├── StoppedError     somebody stopped it; it can go on
+└── PublishError     the server refuses the adapter, or would refuse it
 """
 
 
@@ -22,6 +24,14 @@ class DataError(TrainingError):
 
 class DivergedError(TrainingError):
     """The loss is no number any more."""
+
+
+class CheckpointError(TrainingError):
+    """There is a checkpoint that this run cannot go on from, or that nobody said what to do with."""
+
+
+class StoppedError(TrainingError):
+    """The run was asked to stop, and did so with a checkpoint to go on from."""
 
 
 class PublishError(TrainingError):

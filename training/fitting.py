@@ -2,23 +2,30 @@
 
 import math
 import resource
-import tempfile
-import time
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from peft import PeftModel
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from adapters.base import Base
 from training.curve import EvalPoint, LossPoint
 from training.data import Collator, Examples, TrainingData
+from training.errors import StoppedError
+from training.keeping import BestKeeper, CheckpointKeeper
+from training.noise import noisy_embeddings
+from training.order import EpochCounter, LengthBuckets
 from training.qlora import optimizer_name, takes_logits_to_keep
 from training.recipe import Recipe
-from training.recorder import Recorder
+from training.recorder import TENSORBOARD, Recorder, evals, event_writer, losses
+from training.unfinished import CHECKPOINTS_KEPT, UnfinishedRun
 
 _SCHEDULES: Final = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -29,8 +36,10 @@ class Fit:
 
     Attributes:
         tokens: that went through the model, padding not counted.
-        seconds: of optimization alone, without loading and saving.
+        seconds: of optimization alone, without loading and saving; over all processes of the run.
         peak_memory_bytes: on CUDA of its allocator, on a CPU of the whole process so far.
+        best_step: whose weights the adapter has, with early stopping; None: the last step's.
+        resumed_at: the step of the checkpoint that the run went on from; None if it ran through.
     """
 
     steps: int
@@ -42,6 +51,8 @@ class Fit:
     peak_memory_bytes: int
     losses: tuple[LossPoint, ...]
     evals: tuple[EvalPoint, ...]
+    best_step: int | None = None
+    resumed_at: int | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -60,41 +71,96 @@ def fit(
     data: TrainingData,
     recipe: Recipe,
     products: torch.dtype,
+    run: UnfinishedRun,
+    *,
     progress: bool,
+    stop: threading.Event,
 ) -> Fit:
-    with tempfile.TemporaryDirectory(prefix="quickchange-train-") as scratch:
-        recorder = Recorder(progress)
-        trainer = Trainer(
+    """Trains what requires gradients, from the run's checkpoint on if it has one.
+
+    Args:
+        stop: set by whoever wants the run to end after its step, with a checkpoint.
+
+    Raises:
+        DivergedError: the loss is no number any more.
+        StoppedError: `stop` was set.
+    """
+    keeper = CheckpointKeeper(run, recipe.checkpoint_every_s, stop)
+    best = None
+    if recipe.early_stopping is not None:
+        best = BestKeeper(recipe.early_stopping, run.checkpoint)
+    order = LengthBuckets(
+        [len(example.token_ids) for example in data.train],
+        rows_per_step=recipe.batch_size * recipe.gradient_accumulation,
+        seed=recipe.seed,
+    )
+    with _tracked(recipe, run) as trackers, noisy_embeddings(base.model, recipe.neftune_alpha):
+        trainer = _OrderedTrainer(
             model=model,
-            args=_arguments(recipe, base, data, Path(scratch)),
+            args=_arguments(recipe, base, data, run.folder),
             train_dataset=Examples(data.train),
             eval_dataset=Examples(data.held_out) if data.held_out else None,
             data_collator=Collator(_pad_id(base), answers_only=takes_logits_to_keep(base.model)),
-            callbacks=[recorder],
-        )
+            callbacks=[
+                EpochCounter(order, _steps_per_epoch(recipe, data)), Recorder(progress), *trackers,
+                *([] if best is None else [best]), keeper,
+            ],
+        )  # fmt: skip
+        trainer.order = order
         trainer.remove_callback(PrinterCallback)
-        began_s = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - began_s
+        trainer.train(resume_from_checkpoint=str(run.checkpoint.folder) if run.checkpoint else None)
+    _check_not_stopped(trainer, stop, best)
+    best_step = None if best is None else best.restore(model)
+    history = trainer.state.log_history
     return Fit(
         steps=trainer.state.global_step,
         tokens=int(trainer.state.num_input_tokens_seen),
-        seconds=seconds,
+        seconds=keeper.seconds,
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         optimizer=optimizer_name(recipe, base.device),
         products=str(products).removeprefix("torch."),
         peak_memory_bytes=_peak_memory_bytes(base.device),
-        losses=tuple(recorder.losses),
-        evals=tuple(recorder.evals),
+        losses=losses(history),
+        evals=evals(history),
+        best_step=best_step,
+        resumed_at=None if run.checkpoint is None else run.checkpoint.step,
     )
 
 
-def _arguments(recipe: Recipe, base: Base, data: TrainingData, scratch: Path) -> TrainingArguments:
+class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
+    """Learns rows in the order given: a Trainer's own depends on what the process drew before."""
+
+    order: LengthBuckets
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthBuckets:
+        return self.order
+
+
+@contextmanager
+def _tracked(recipe: Recipe, run: UnfinishedRun) -> Iterator[list[TrainerCallback]]:
+    """The callbacks of TensorBoard; other trackers are made by the Trainer from their names."""
+    if TENSORBOARD not in recipe.trackers:
+        yield []
+        return
+    with closing(event_writer(run.events, 1 + (run.checkpoint.step if run.checkpoint else 0))) as writer:
+        yield [TensorBoardCallback(writer)]
+
+
+def _check_not_stopped(trainer: Trainer, stop: threading.Event, best: BestKeeper | None) -> None:
+    state = trainer.state
+    if stop.is_set() and state.global_step < state.max_steps and not (best and best.stopped_early):
+        raise StoppedError(
+            f"stopped after step {state.global_step} of {state.max_steps}; --resume goes on from there"
+        )
+
+
+def _arguments(recipe: Recipe, base: Base, data: TrainingData, folder: Path) -> TrainingArguments:
     on_cpu = base.device.type == "cpu"
-    steps_per_epoch = math.ceil(math.ceil(len(data.train) / recipe.batch_size) / recipe.gradient_accumulation)
+    steps_per_epoch = _steps_per_epoch(recipe, data)
     steps = recipe.max_steps or math.ceil(recipe.epochs * steps_per_epoch)
     return TrainingArguments(
-        output_dir=str(scratch),
+        output_dir=str(folder),
+        run_name=recipe.out.name,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation,
@@ -110,19 +176,23 @@ def _arguments(recipe: Recipe, base: Base, data: TrainingData, scratch: Path) ->
         data_seed=recipe.seed,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
-        train_sampling_strategy="group_by_length",
         include_num_input_tokens_seen="non_padding",
         eval_strategy="steps" if data.held_out else "no",
         eval_steps=max(1, steps_per_epoch // recipe.evals_per_epoch),
         prediction_loss_only=True,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
+        save_strategy="no",  # but when CheckpointKeeper says so
+        save_total_limit=CHECKPOINTS_KEPT,
+        report_to=[name for name in recipe.trackers if name != TENSORBOARD] or "none",
         remove_unused_columns=False,
         label_names=["labels"],
         disable_tqdm=True,
     )
+
+
+def _steps_per_epoch(recipe: Recipe, data: TrainingData) -> int:
+    return math.ceil(math.ceil(len(data.train) / recipe.batch_size) / recipe.gradient_accumulation)
 
 
 def _pad_id(base: Base) -> int:

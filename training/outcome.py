@@ -33,9 +33,19 @@ def artefacts_folder(out: Path) -> Path:
 
 
 def write_outcome(
-    model: PeftModel, base: Base, data: TrainingData, recipe: Recipe, fit: Fit
+    model: PeftModel, base: Base, data: TrainingData, recipe: Recipe, fit: Fit, events: Path
 ) -> tuple[AdapterFacts, Path]:
+    """Writes OUT.training and OUT; returns the adapter as a server would find it, and OUT.training.
+
+    Args:
+        events: a folder of event files that moves into OUT.training, if it is there.
+    """
     facts: list[AdapterFacts] = []
+
+    def report(staged: Path) -> None:
+        _save_artefacts(staged, base, data, recipe, fit)
+        if events.is_dir():
+            shutil.copytree(events, staged / events.name)
 
     def adapter(staged: Path) -> None:
         _save_adapter(model, base, data, recipe, staged)
@@ -44,7 +54,7 @@ def write_outcome(
     artefacts = artefacts_folder(recipe.out)
     recipe.out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(artefacts, ignore_errors=True)  # of a run that ended before its adapter was there
-    publish_folder(artefacts, lambda staged: _save_artefacts(staged, base, data, recipe, fit))
+    publish_folder(artefacts, report)
     publish_folder(recipe.out, adapter)
     return facts[0], artefacts
 

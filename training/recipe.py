@@ -45,11 +45,15 @@ _RANGES: Final[Mapping[str, tuple[type, float, float]]] = {
     "max_gradient_norm": (float, 1e-3, 1e6),
     "eval_fraction": (float, 0, 0.5),
     "evals_per_epoch": (int, 1, 1000),
+    "early_stopping": (int, 1, 1000),
+    "neftune_alpha": (float, 0, 1000),
+    "checkpoint_every_s": (float, 0, 1e6),
     "canary_probes": (int, 0, 16),
     "seed": (int, 0, 2**32 - 1),
 }
-_MAY_BE_OPEN: Final = ("alpha", "max_steps")
+_MAY_BE_OPEN: Final = ("alpha", "max_steps", "early_stopping")
 _PATHS: Final = ("data", "out")
+_LISTS: Final = ("target_modules", "trackers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +86,12 @@ class Recipe:
         products: type of the frozen layers' matrix products; "auto" takes the faster one on a CPU.
         eval_fraction: part of the rows that is held out, and whose loss is measured in between.
         evals_per_epoch: how often it is.
+        early_stopping: ends the run after so many evaluations without a lower held-out loss, and keeps the
+            weights that had the lowest; None runs to the end and keeps the last.
+        neftune_alpha: strength of the noise on embedded tokens (NEFTune, Jain et al. 2023); 0 for none.
+        checkpoint_every_s: seconds between two checkpoints, from which a stopped run goes on; 0 for none.
+        trackers: where losses go besides the report: "tensorboard", or others that transformers knows and
+            that are installed, such as "wandb" or "mlflow".
         canary_probes: prompts of the data that travel with the adapter, with what it answers to them, so that
             a server can check that it answers the same; 0 for none.
         seed: of the adapter's first weights, the split and the order of rows.
@@ -116,6 +126,10 @@ class Recipe:
     products: Products = "auto"
     eval_fraction: float = 0.0
     evals_per_epoch: int = 1
+    early_stopping: int | None = None
+    neftune_alpha: float = 0.0
+    checkpoint_every_s: float = 300.0
+    trackers: tuple[str, ...] = ("tensorboard",)
     canary_probes: int = 3
     seed: int = 0
     device: Device = "auto"
@@ -128,6 +142,9 @@ class Recipe:
         for field, (kind, low, high) in _RANGES.items():
             _check_number(field, getattr(self, field), kind, low, high)
         _check_targets(self.target_modules)
+        _check_trackers(self.trackers)
+        if self.early_stopping is not None and self.eval_fraction == 0:
+            raise RecipeError("early_stopping needs held-out rows; set eval_fraction")
         if self.publish is not None and not self.name:
             raise RecipeError(f"publish is {self.publish}, but no name is given; say what to call it there")
 
@@ -190,7 +207,7 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
 def _converted(name: str, value: Any) -> Any:
     if name in _PATHS:
         return Path(value).expanduser()
-    if name == "target_modules" and isinstance(value, list):  # YAML and flags know no tuples
+    if name in _LISTS and isinstance(value, list):  # YAML and flags know no tuples
         return tuple(value)
     return value
 
@@ -201,6 +218,11 @@ def _check_targets(value: object) -> None:
         raise RecipeError(
             f"target_modules is {value!r}, must be {ALL_LINEAR} or names of modules such as q_proj, v_proj"
         )
+
+
+def _check_trackers(value: object) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(name, str) and name for name in value):
+        raise RecipeError(f"trackers is {value!r}, must be a list of names such as tensorboard, or empty")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

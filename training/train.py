@@ -3,23 +3,31 @@
 Afterwards there are two folders, each of which appears complete or not at all:
 
 OUT            exactly an adapter: adapter_config.json, adapter_model.safetensors, quickchange.json
-OUT.training   how it came about: training.json, loss.png
+OUT.training   how it came about: training.json, loss.png, TensorBoard's event files
 """
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Final
 
+import torch
 from transformers import set_seed
 
 from adapters.base import Base, load_base
 from adapters.facts import AdapterFacts
-from training.data import DataReport, RowEncoder, prepare
+from training.data import DataReport, RowEncoder, TrainingData, prepare
 from training.errors import RecipeError
 from training.fitting import Fit, fit
 from training.outcome import write_outcome
 from training.publish import check_server, publish_adapter
 from training.qlora import attached, products_dtype
 from training.recipe import Recipe
+from training.recorder import check_trackers
+from training.unfinished import Start, UnfinishedRun
+
+_WITHOUT_EFFECT: Final = ("out", "checkpoint_every_s", "trackers", "canary_probes", "publish", "name")
+"""Settings that a run may change when it goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,34 +49,71 @@ class TrainingResult:
     published: str | None
 
 
-def train(recipe: Recipe, base: Base | None = None, progress: bool = True) -> TrainingResult:
+def train(
+    recipe: Recipe,
+    base: Base | None = None,
+    *,
+    start: Start = "new",
+    stop: threading.Event | None = None,
+    progress: bool = True,
+) -> TrainingResult:
     """Trains an adapter and writes it to recipe.out.
 
     Args:
         base: loaded with purpose="train", as the recipe wants it, so that several runs can share it; None
             loads recipe.base. It is given back without the adapter.
+        start: what to do if an earlier run towards recipe.out left a checkpoint: "new" refuses, "resume" goes
+            on from it, exactly as if it had never stopped, "restart" removes it. Without one all three begin.
+        stop: ends the run after its step, with a checkpoint, once it is set.
         progress: whether there is a bar with the loss on standard error.
 
     Raises:
-        TrainingError: recipe or data are wrong, the loss is no number, or the server refuses the adapter.
+        TrainingError: recipe or data are wrong, the loss is no number, the run was stopped, or the server
+            refuses the adapter.
         BaseModelError: the base cannot be loaded.
         FileExistsError: recipe.out exists.
     """
     if recipe.out.exists():
         raise FileExistsError(f"{recipe.out} exists already; remove it or choose another --out")
-    base = base or _load(recipe, progress)
+    check_trackers(recipe.trackers)
+    with UnfinishedRun(recipe.out, start) as run:
+        result = _run(recipe, base or _load(recipe, progress), run, stop or threading.Event(), progress)
+        run.finished()
+    return replace(result, published=_publish(recipe, progress))
+
+
+def _run(
+    recipe: Recipe, base: Base, run: UnfinishedRun, stop: threading.Event, progress: bool
+) -> TrainingResult:
+    """Everything but the upload."""
     _check_fits(base, recipe)
     if recipe.publish is not None:
         check_server(recipe.publish, base.fingerprint)
     encoder = RowEncoder(base.tokenizer, base.chat_template, base.eos_token_ids, _max_length(base, recipe))
     data = prepare(recipe.data, encoder, held_out_fraction=recipe.eval_fraction, seed=recipe.seed)
-    products = products_dtype(recipe, base.device)
+    products = _products(recipe, base, run)
+    run.identify(_identity(recipe, base, data, products))
     set_seed(recipe.seed)
     with attached(base, recipe, products) as model:
-        fitted = fit(model, base, data, recipe, products, progress)
-        facts, artefacts = write_outcome(model, base, data, recipe, fitted)
-    published = _publish(recipe, progress)
-    return TrainingResult(recipe.out, artefacts, facts, data.report, fitted, published)
+        fitted = fit(model, base, data, recipe, products, run, progress=progress, stop=stop)
+        facts, artefacts = write_outcome(model, base, data, recipe, fitted, run.events)
+    return TrainingResult(recipe.out, artefacts, facts, data.report, fitted, published=None)
+
+
+def _products(recipe: Recipe, base: Base, run: UnfinishedRun) -> torch.dtype:
+    """As the run that goes on had them: measured anew, "auto" might choose the other type."""
+    recorded = run.recorded().get("products") if run.checkpoint is not None else None
+    return products_dtype(recipe, base.device) if recorded is None else getattr(torch, recorded)
+
+
+def _identity(recipe: Recipe, base: Base, data: TrainingData, products: torch.dtype) -> dict[str, Any]:
+    """What must be the same for a run to go on: all that its losses depend on."""
+    settings = {name: value for name, value in recipe.to_mapping().items() if name not in _WITHOUT_EFFECT}
+    return settings | {
+        "base": base.fingerprint,
+        "data": data.sha256,
+        "products": str(products).removeprefix("torch."),
+    }
 
 
 def _load(recipe: Recipe, progress: bool) -> Base:

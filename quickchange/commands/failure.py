@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 FAILED = 1
 MISUSED = 2
+STOPPED = 130  # as shells report what Ctrl-C ended
 
 _OURS = frozenset({"quickchange", "server", "adapters", "training", "kernels"})
 

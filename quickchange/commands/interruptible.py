@@ -1,9 +1,11 @@
-"""Reading a stream so that Ctrl-C at any moment is harmless. Knows no command."""
+"""Work that Ctrl-C may hit at any moment without harm. Knows no command."""
 
+import signal
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 ItemT = TypeVar("ItemT")
 
@@ -34,3 +36,28 @@ def interruptible(items: Iterable[ItemT]) -> Iterator[ItemT]:
         if isinstance(item, Exception):
             raise item
         yield item
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Within the block the first SIGINT or SIGTERM sets the event; the second has its usual effect."""
+    stop = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, frame: Any) -> None:
+        stop.set()
+        _restore(before)
+
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        for number in before:
+            signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            _restore(before)
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

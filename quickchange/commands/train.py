@@ -5,17 +5,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from quickchange.commands.failure import MISUSED, CommandError, needs_extra
+from quickchange.commands.failure import MISUSED, STOPPED, CommandError, needs_extra
+from quickchange.commands.interruptible import stop_on_signals
 from quickchange.commands.options import add_command, add_json_option, add_progress_option, progress_of
 from quickchange.commands.output import print_json
 
 if TYPE_CHECKING:
     from quickchange.commands.options import Subparsers
     from training.recipe import Recipe
+    from training.unfinished import Start
 
 _EXAMPLES = """\
   quickchange train --data rows.jsonl --out ./sql-lora
   quickchange train --base ./model --data rows.jsonl --out ./lora --rank 8 --epochs 1 --eval-fraction 0.1
+  quickchange train --config recipe.yaml --out ./lora --resume
   quickchange train --config recipe.yaml --out ./lora --publish 127.0.0.1:50051 --name sql
 
 a row of data is {"prompt", "completion"}, {"messages": […]}, {"instruction", "input", "output"} or {"text"};
@@ -34,6 +37,10 @@ class _Flag(NamedTuple):
 def _modules(text: str) -> str | tuple[str, ...]:
     names = tuple(name for name in text.split(",") if name)
     return text if names == ("all-linear",) else names
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return () if text == "none" else tuple(name for name in text.split(",") if name)
 
 
 _FLAGS = (
@@ -64,6 +71,10 @@ _FLAGS = (
     _Flag("products", str, "TYPE", "of the frozen layers: auto, bfloat16 or float32 (auto)"),
     _Flag("eval_fraction", float, "P", "part of the rows that is held out (0)"),
     _Flag("evals_per_epoch", int, "N", "how often their loss is measured (1)"),
+    _Flag("early_stopping", int, "N", "end after N evaluations without a lower held-out loss; keep the best"),
+    _Flag("neftune_alpha", float, "X", "noise on embedded tokens (0)"),
+    _Flag("checkpoint_every_s", float, "S", "seconds between checkpoints; 0 for none (300)"),
+    _Flag("trackers", _names, "NAMES", "tensorboard, wandb, … with commas, or none (tensorboard)"),
     _Flag("canary_probes", int, "N", "prompts of the data that travel with the adapter (3)"),
     _Flag("seed", int, "N", "of weights, split and order (0)"),
     _Flag("device", str, "NAME", "auto, cpu or cuda (auto)"),
@@ -85,6 +96,11 @@ def add_parser(subparsers: "Subparsers") -> None:
         default=None,
         help="compute activations twice to keep fewer (no)",
     )
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint of a run that stopped"
+    )
+    start.add_argument("--restart", action="store_true", help="begin anew, whatever checkpoint there is")
     add_progress_option(parser)
     add_json_option(parser)
 
@@ -93,10 +109,14 @@ def run(args: argparse.Namespace) -> int:
     with needs_extra("train"):
         recipe = _recipe(args)  # before torch is there, so that a typo shows at once
         from adapters.errors import AdapterError, BaseModelError
-        from training.errors import TrainingError
+        from training.errors import StoppedError, TrainingError
         from training.train import train
+    start: Start = "resume" if args.resume else "restart" if args.restart else "new"
     try:
-        result = train(recipe, progress=progress_of(args))
+        with stop_on_signals() as stop:
+            result = train(recipe, start=start, stop=stop, progress=progress_of(args))
+    except StoppedError as error:
+        raise CommandError(str(error), STOPPED) from error
     except (TrainingError, AdapterError, BaseModelError) as error:
         raise CommandError(str(error)) from error
     if args.json:
