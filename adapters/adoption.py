@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from adapters.errors import AdapterCorruptError, AdapterError, AdapterExistsError
 from adapters.lookup import free_version, same_content
 from adapters.manifest import ListedVersion
-from adapters.rows import Rows, Transaction
+from adapters.rows import Rows
+from adapters.transaction import Transaction
 
 
 @dataclass(frozen=True, slots=True)

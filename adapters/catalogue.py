@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adapters.errors import AdapterCorruptError, AdapterError, CapacityError
-from adapters.rows import Rows, Transaction
+from adapters.rows import Rows
 from adapters.schema import migrate
+from adapters.transaction import Transaction
 
 _BUSY_TIMEOUT_S = 10.0
 _STORAGE_CODES = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)

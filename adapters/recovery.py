@@ -9,7 +9,7 @@ from dataclasses import replace
 from adapters.blobs import BlobFolder, disk_errors
 from adapters.catalogue import Catalogue
 from adapters.facts import AdapterState
-from adapters.rows import Transaction
+from adapters.transaction import Transaction
 
 
 def recover(catalogue: Catalogue, blobs: BlobFolder) -> None:

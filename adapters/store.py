@@ -8,21 +8,19 @@ one of them uses (`hold`) is not removed by another.
 """
 
 import contextlib
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from adapters.adoption import Adopted, adopt, check_clashes
+from adapters.adoption import Adopted, adopt
 from adapters.blobs import BlobFolder, disk_errors
 from adapters.catalogue import Catalogue
 from adapters.changes import ChangeLog
-from adapters.errors import AdapterCorruptError, AdapterError, InvalidAdapterError
+from adapters.errors import AdapterCorruptError, AdapterError
 from adapters.facts import AdapterFacts, AdapterRecord, AdapterState, StoredFile
-from adapters.leases import Lease
 from adapters.lookup import (
     check_etag,
     doomed,
@@ -30,14 +28,10 @@ from adapters.lookup import (
     free_version,
     no_such_alias,
     no_such_content,
-    read_token,
     same_content,
-    token_after,
 )
 from adapters.manifest import ListedVersion
 from adapters.names import (
-    NewestOf,
-    Reference,
     VersionOf,
     check_alias,
     check_description,
@@ -51,22 +45,19 @@ from adapters.quota import StoreQuota
 from adapters.recovery import recover, remove_unused
 from adapters.retention import Collection, RetentionPolicy
 from adapters.retention import doomed as doomed_by
-from adapters.rows import Content, Entry, Rows, Transaction
+from adapters.rows import Content
+from adapters.store_reader import NO_LABELS, StoreReader
+from adapters.transaction import Transaction
 from adapters.uploads import UploadShelf
 
 __all__ = ["AdapterFacts", "AdapterRecord", "AdapterState", "AdapterStore", "StoredFile"]
 
-MAX_PAGE_SIZE = 1000
-_HOLD_ATTEMPTS = 3
-_NOTHING: Mapping[str, str] = {}
 _NO_LIMITS = StoreQuota()
 
 Digests = list[str]
-Records = list[AdapterRecord]
-Page = tuple[list[AdapterRecord], str]
 
 
-class AdapterStore:
+class AdapterStore(StoreReader):
     """A folder of adapters. Thread-safe; every method may touch the disk, so keep them off an event loop."""
 
     def __init__(self, root: Path, quota: StoreQuota = _NO_LIMITS) -> None:
@@ -81,17 +72,17 @@ class AdapterStore:
         """
         with disk_errors():
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._blobs = BlobFolder(root)
-        self._root = root
-        self._quota = quota
+            blobs = BlobFolder(root)
         try:
             self.uploads = UploadShelf(root)
-            self._catalogue = Catalogue(root / "catalogue.sqlite3")
-            recover(self._catalogue, self._blobs)
+            catalogue = Catalogue(root / "catalogue.sqlite3")
+            recover(catalogue, blobs)
         except BaseException:
-            self._blobs.close()
+            blobs.close()
             raise
-        self.changes = ChangeLog(self._catalogue)
+        super().__init__(root, catalogue, blobs)
+        self._quota = quota
+        self.changes = ChangeLog(catalogue)
 
     def __enter__(self) -> Self:
         return self
@@ -121,7 +112,7 @@ class AdapterStore:
         facts: AdapterFacts,
         *,
         version: int | None = None,
-        labels: Mapping[str, str] = _NOTHING,
+        labels: Mapping[str, str] = NO_LABELS,
         description: str = "",
     ) -> tuple[AdapterRecord, bool]:
         """Makes a checked adapter a version of a name: durable and visible at once, or not at all.
@@ -195,95 +186,6 @@ class AdapterStore:
         finally:
             self._blobs.discard(linked)
         return is_new
-
-    def resolve(self, reference: str) -> AdapterRecord:
-        """The version that a request for this reference gets now; "name" is the newest READY one.
-
-        Raises:
-            InvalidAdapterError: not a reference.
-            AdapterNotFoundError: no such name, version, alias or digest.
-            AdapterCorruptError: it is there, but FAILED.
-        """
-        parsed = parse_reference(reference)
-        if isinstance(parsed, NewestOf):
-            with self._catalogue.reading() as rows:
-                ready = rows.newest(parsed.name, AdapterState.READY)
-            if ready is not None:
-                return ready
-        record = self._found(parsed)
-        if record.state is not AdapterState.READY:
-            raise AdapterCorruptError(
-                f"{record.reference} is {record.state}: {record.error}", reason="ADAPTER_FAILED"
-            )
-        return record
-
-    def hold(self, reference: str) -> tuple[AdapterRecord, Lease | None]:
-        """As `resolve`, and its files stay until the lease is released, whoever deletes the adapter.
-
-        Returns:
-            The lease is None if the files are not there; a load will say what is wrong with them.
-        """
-        for _ in range(_HOLD_ATTEMPTS):
-            record = self.resolve(reference)
-            lease = self._blobs.hold(record.facts.digest)
-            if lease is not None:
-                return record, lease
-            # Removed since it was resolved, or replaced by a sound copy: the catalogue says which.
-        return self.resolve(reference), None
-
-    def keep(self, digest: str) -> Lease | None:
-        """One more lease on a content; touches no file while another one lasts."""
-        return self._blobs.hold(digest)
-
-    def get(self, reference: str) -> AdapterRecord:
-        """The version a reference names, whatever its state; "name" is the newest. Errors as `resolve`."""
-        return self._found(parse_reference(reference))
-
-    def versions(self, name: str) -> Records:
-        """Every version of a name, in order; none if there is no such name."""
-        with self._catalogue.reading() as rows:
-            return rows.versions(name)
-
-    def facts_of(self, digest: str) -> AdapterFacts:
-        """Facts of a content, as long as its files are there: also after its last version was deleted."""
-        return self._content(digest).facts
-
-    def list(
-        self,
-        *,
-        name: str | None = None,
-        state: AdapterState | None = None,
-        labels: Mapping[str, str] = _NOTHING,
-        page_size: int = 100,
-        page_token: str = "",
-    ) -> Page:
-        """Versions by name and number, a page at a time, and the token of the next page; empty on the last.
-
-        Args:
-            labels: each must be there with this value.
-            page_size: at least 1; more than 1000 are never given.
-        """
-        if page_size < 1:
-            raise InvalidAdapterError(f"page_size {page_size} must be at least 1", reason="BAD_PAGE_SIZE")
-        limit = min(page_size, MAX_PAGE_SIZE)
-        with self._catalogue.reading() as rows:
-            found = rows.page(
-                after=read_token(page_token), name=name, state=state, labels=labels, limit=limit + 1
-            )
-        if len(found) <= limit:
-            return found, ""
-        return found[:limit], token_after(found[limit - 1])
-
-    def ready(self) -> Iterator[Entry]:
-        """Every READY version, by name and number, without what was found out about its tensors."""
-        after = ("", 0)
-        while True:
-            with self._catalogue.reading() as rows:  # a page at a time: others read in between
-                page = list(rows.entries(after=after, limit=MAX_PAGE_SIZE))
-            yield from (entry for entry in page if entry.state is AdapterState.READY)
-            if len(page) < MAX_PAGE_SIZE:
-                return
-            after = (page[-1].name, page[-1].version)
 
     def update(
         self,
@@ -375,12 +277,6 @@ class AdapterStore:
         self._blobs.sweep()
         recover(self._catalogue, self._blobs)
 
-    @contextlib.contextmanager
-    def read_all(self) -> Iterator[Rows]:
-        """All that is listed, from one moment; while the block runs, no process removes a content's files."""
-        with self._blobs.holding_all(), self._catalogue.reading() as rows:
-            yield rows
-
     def adopt(
         self,
         staged: Mapping[str, tuple[Path, AdapterFacts]],
@@ -413,21 +309,6 @@ class AdapterStore:
         self._blobs.empty_trash()
         return adopted
 
-    def check_clashes(self, versions: Sequence[ListedVersion], *, renumber: bool) -> None:
-        """Says now what `adopt` would say later: AdapterExistsError."""
-        with self._catalogue.reading() as rows:
-            check_clashes(rows, versions, renumber=renumber)
-
-    def missing(self, digests: Iterable[str]) -> set[str]:
-        """Those of the contents that are not here, or not READY."""
-        with self._catalogue.reading() as rows:
-            found = {digest: rows.content(digest) for digest in digests}
-        return {d for d, content in found.items() if content is None or content.state != AdapterState.READY}
-
-    def path_of(self, digest: str) -> Path:
-        """The folder with a content's files, which never change; AdapterNotFoundError if there is none."""
-        return self._blobs.path_of(digest)
-
     def mark_failed(self, digest: str, error: str) -> None:
         """Makes every version with this content FAILED, for a reason that its owner will read."""
         with self._catalogue.writing() as rows:
@@ -435,10 +316,6 @@ class AdapterStore:
             if content is None:
                 raise no_such_content(digest)
             rows.put_content(replace(content, state=AdapterState.FAILED, error=error))
-
-    def verify(self, digest: str) -> None:
-        """Reads a content's files again; AdapterCorruptError if a byte is not what was published."""
-        self._blobs.verify(digest, self._content(digest).files)
 
     def check_quota(self, name: str, files: Sequence[StoredFile], shelved_bytes: int = 0) -> None:
         """Whether a version with these files would fit, beside what else is being uploaded.
@@ -455,27 +332,6 @@ class AdapterStore:
             known = rows.digests_of(files)
             if not any(rows.with_digest(digest, name) for digest in known):
                 self._quota.check(rows, name, size_bytes, others_bytes + (0 if known else size_bytes))
-
-    def free_bytes(self) -> int:
-        """What the store's disk still takes."""
-        with disk_errors():
-            return shutil.disk_usage(self._root).free
-
-    def total_bytes(self) -> int:
-        """Bytes of all files in the store, those of deleted versions until they are removed."""
-        with self._catalogue.reading() as rows:
-            return rows.total_bytes()
-
-    def _content(self, digest: str) -> Content:
-        with self._catalogue.reading() as rows:
-            content = rows.content(check_digest(digest))
-        if content is None:
-            raise no_such_content(digest)
-        return content
-
-    def _found(self, parsed: Reference) -> AdapterRecord:
-        with self._catalogue.reading() as rows:
-            return find(rows, parsed)
 
     def _seal(self, staged: Path, facts: AdapterFacts) -> tuple[StoredFile, ...]:
         return self._checked(self._blobs.seal(staged), facts)
