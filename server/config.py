@@ -6,14 +6,15 @@ environment.
 """
 
 import dataclasses
-import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple
+
+from server.sections import About, RangeError, Section, fields_of
+from server.setting_values import converted
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -27,49 +28,8 @@ class SettingsError(Exception):
     """A setting is missing, unknown or out of its range; the message names it, its value and its source."""
 
 
-class _RangeError(ValueError):
-    """A value that its own section refuses; the loader adds where the value came from."""
-
-    def __init__(self, name: str, message: str) -> None:
-        super().__init__(f"{name} {message}")
-        self.name = name
-
-
-class About(NamedTuple):
-    """What stands beside a field's type: the line that explains it, and its range with both ends allowed."""
-
-    text: str
-    low: float | None = None
-    high: float | None = None
-
-
-class _Section:
-    """Checks every field's range when an instance is born."""
-
-    __slots__ = ()
-
-    def __post_init__(self) -> None:
-        for name, (_, about) in _fields_of(type(self)).items():
-            _check_range(name, getattr(self, name), about)
-
-
-def _fields_of(section: type[_Section]) -> dict[str, tuple[Any, About]]:
-    """Type and explanation of each field, in order."""
-    hints = get_type_hints(section, include_extras=True)
-    return {name: (hint.__origin__, hint.__metadata__[0]) for name, hint in hints.items()}
-
-
-def _check_range(name: str, value: object, about: About) -> None:
-    if not isinstance(value, int | float):
-        return
-    low, high = about.low, about.high
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
-        ends = f"at least {low}" if high is None else f"{low} to {high}"
-        raise _RangeError(name, f"is {value}, must be {ends}")
-
-
 @dataclass(frozen=True, slots=True)
-class BaseSettings(_Section):
+class BaseSettings(Section):
     """The base model: what adapters/base.py loads."""
 
     source: Annotated[str, About("folder, GGUF file, hub id, or smollm2")]
@@ -90,7 +50,7 @@ class BaseSettings(_Section):
 
 
 @dataclass(frozen=True, slots=True)
-class StoreSettings(_Section):
+class StoreSettings(Section):
     """The adapter store."""
 
     root: Annotated[Path, About("folder of the adapter store")] = (
@@ -112,7 +72,7 @@ class StoreSettings(_Section):
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSettings(_Section):
+class EngineSettings(Section):
     """The engine: queues, batches, memory."""
 
     max_running_requests: Annotated[int, About("requests in one forward pass", 1, 4096)] = 32
@@ -161,7 +121,7 @@ class EngineSettings(_Section):
     )
 
     def __post_init__(self) -> None:
-        _Section.__post_init__(self)
+        Section.__post_init__(self)
         self._check_fits_a_step("prefill_chunk_tokens", self.prefill_chunk_tokens)
         self._check_fits_a_step("max_running_requests", self.max_running_requests)  # each needs a token
 
@@ -173,11 +133,11 @@ class EngineSettings(_Section):
 
     def _check_fits_a_step(self, name: str, value: int | None) -> None:
         if value is not None and self.max_batch_tokens is not None and value > self.max_batch_tokens:
-            raise _RangeError(name, f"is {value}, must not exceed max_batch_tokens ({self.max_batch_tokens})")
+            raise RangeError(name, f"is {value}, must not exceed max_batch_tokens ({self.max_batch_tokens})")
 
 
 @dataclass(frozen=True, slots=True)
-class GrpcSettings(_Section):
+class GrpcSettings(Section):
     """The gRPC face: where it listens and what it accepts."""
 
     host: Annotated[str, About("address to listen on")] = "127.0.0.1"
@@ -203,7 +163,7 @@ class GrpcSettings(_Section):
 
 
 @dataclass(frozen=True, slots=True)
-class MetricsSettings(_Section):
+class MetricsSettings(Section):
     """The Prometheus endpoint."""
 
     host: Annotated[str, About("address to listen on")] = "127.0.0.1"
@@ -222,7 +182,7 @@ class ServerSettings:
     metrics: MetricsSettings = MetricsSettings()
 
 
-SECTIONS: Mapping[str, type[_Section]] = {
+SECTIONS: Mapping[str, type[Section]] = {
     "base": BaseSettings,
     "store": StoreSettings,
     "engine": EngineSettings,
@@ -263,11 +223,11 @@ def all_settings() -> Iterator[Setting]:
     """Every setting, in order; a required one has `dataclasses.MISSING` as default."""
     for section, cls in SECTIONS.items():
         defaults = _defaults_of(cls)
-        for name, (_, about) in _fields_of(cls).items():
+        for name, (_, about) in fields_of(cls).items():
             yield Setting(f"{section}.{name}", defaults[name], about.text)
 
 
-def _defaults_of(section: type[_Section]) -> dict[str, object]:
+def _defaults_of(section: type[Section]) -> dict[str, object]:
     items = dataclasses.fields(section)  # type: ignore[arg-type]  # every section is a dataclass
     return {item.name: item.default for item in items}
 
@@ -295,18 +255,18 @@ def settings_from(
     return ServerSettings(**built)  # type: ignore[arg-type]  # SECTIONS and the fields of ServerSettings agree
 
 
-def _build(section: str, cls: type[_Section], given: Mapping[str, _Given]) -> _Section:
+def _build(section: str, cls: type[Section], given: Mapping[str, _Given]) -> Section:
     values: dict[str, object] = {}
     for name, default in _defaults_of(cls).items():
         path = f"{section}.{name}"
         if path in given:
-            values[name] = _convert(path, _fields_of(cls)[name][0], given[path])
+            values[name] = _convert(path, fields_of(cls)[name][0], given[path])
         elif default is dataclasses.MISSING:
             ways = f"--{_flag_of(path)}, {_variable_of(path)} or {name} under [{section}]"
             raise SettingsError(f"{path} is not set: give {ways}")
     try:
         return cls(**values)
-    except _RangeError as error:
+    except RangeError as error:
         path = f"{section}.{error.name}"
         source = given[path].source if path in given else "default"
         raise SettingsError(f"{section}.{error} ({source})") from None
@@ -375,56 +335,7 @@ def _flag_of(path: str) -> str:
 
 def _convert(path: str, wanted: Any, given: _Given) -> object:
     """The value as the setting's type; strings come from the environment and the command line."""
-    options = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
-    target = next(option for option in options if option is not NoneType)
     try:
-        if get_origin(target) is Literal:
-            return _one_of(given.value, get_args(target))
-        return _CONVERTERS[target](given.value)
+        return converted(given.value, wanted)
     except (ValueError, TypeError) as error:
         raise SettingsError(f"{path} is {given.value!r}, {error} ({given.source})") from None
-
-
-def _one_of(value: object, allowed: tuple[object, ...]) -> object:
-    if value not in allowed:
-        raise ValueError(f"must be one of {', '.join(map(str, allowed))}")
-    return value
-
-
-_SIZE = re.compile(r"(\d+)\s*(KiB|MiB|GiB)?")
-_UNITS = {None: 1, "KiB": KIB, "MiB": MIB, "GiB": GIB}
-
-
-def _whole_number(value: object) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError("must be a whole number, or a size such as 512MiB")
-    return int(match[1]) * _UNITS[match[2]]
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError("must be a number")
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError("must be a number") from None
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("must be a text that is not empty")
-    return value
-
-
-def _folder(value: object) -> Path:
-    if isinstance(value, Path):
-        return value
-    if "://" in _text(value):
-        raise ValueError("must be a folder of this machine; URLs are not supported yet")
-    return Path(_text(value)).expanduser()
-
-
-_CONVERTERS: Mapping[Any, Any] = {int: _whole_number, float: _number, str: _text, Path: _folder}
