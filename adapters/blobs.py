@@ -4,6 +4,7 @@ root/blobs/sha256/<64 hex>/   published files, never changed
 root/staging/<session>/…      what a living process is receiving or throwing away
 root/staging/<session>.lock   held while that process lives; staging of the dead is swept at the next start
 root/uploads/…                uploads that may go on after a cut: see uploads.py
+root/quarantine/…             damaged files: see quarantine.py
 root/reading.lock             held while somebody reads the whole store; nothing is removed meanwhile
 """
 
@@ -112,16 +113,25 @@ class BlobFolder:
         if place.is_symlink():
             place.unlink()
         elif place.exists():
-            place.rename(self._session / f"trash-{secrets.token_hex(8)}")
-            sync_folder(self._blobs)
+            self.throw_away(place)
 
     def take_out_unused(self, digest: str) -> bool:
         """Moves a blob out of sight unless somebody has a lease on it; whether it is out of sight."""
+        with self.alone_with(digest) as unused:
+            if unused:
+                self.take_out(digest)
+            return unused
+
+    @contextlib.contextmanager
+    def alone_with(self, digest: str) -> Iterator[bool]:
+        """Whether nobody has a lease on a blob; nobody can get one while the block runs."""
         with alone_with(self._reading_lock) as nobody_reads, alone_with(self._place(digest)) as unused:
-            if not (nobody_reads and unused):
-                return False
-            self.take_out(digest)
-            return True
+            yield nobody_reads and unused
+
+    def throw_away(self, folder: Path) -> None:
+        """Moves a folder of the store out of sight, whole or not at all; `empty_trash` removes it."""
+        folder.rename(self._session / f"trash-{secrets.token_hex(8)}")
+        sync_folder(folder.parent)
 
     def hold(self, digest: str) -> Lease | None:
         """Keeps a blob in place until the lease is released; None if it is not there."""
@@ -136,12 +146,16 @@ class BlobFolder:
         for trash in self._session.glob("trash-*"):
             remove_tree(trash)
 
+    def has(self, digest: str) -> bool:
+        """Whether there is a blob, sound or not."""
+        place = self._place(digest)
+        return place.is_dir() and not place.is_symlink()
+
     def path_of(self, digest: str) -> Path:
         """The folder of a published blob; AdapterNotFoundError if there is none."""
-        place = self._place(digest)
-        if place.is_symlink() or not place.is_dir():
+        if not self.has(digest):
             raise AdapterNotFoundError(f"the files of {digest} are not in the store")
-        return place
+        return self._place(digest)
 
     def digests(self) -> list[str]:
         """Every blob there is, published or left over; other things in the folder are left alone."""
@@ -149,10 +163,9 @@ class BlobFolder:
 
     def fault_of(self, digest: str, files: Sequence[StoredFile]) -> str:
         """What is wrong with a blob, judged by names and sizes only; empty if nothing is."""
-        place = self._place(digest)
-        if place.is_symlink() or not place.is_dir():
+        if not self.has(digest):
             return "its folder is missing"
-        found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(place)}
+        found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(self._place(digest))}
         for file in files:
             status = found.get(file.name)
             if status is None or not stat.S_ISREG(status.st_mode):

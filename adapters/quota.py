@@ -14,12 +14,13 @@ class StoreQuota:
     max_bytes_per_name: int | None = None
     max_versions_per_name: int | None = None
 
-    def check(self, rows: Rows, name: str, size_bytes: int, growth_bytes: int) -> None:
+    def check(self, rows: Rows, name: str, size_bytes: int, *, total_bytes: int, growth_bytes: int) -> None:
         """Whether one more version fits.
 
         Args:
             size_bytes: of the version.
-            growth_bytes: what the store as a whole grows by: nothing if the content is there already.
+            total_bytes: of the store as a whole.
+            growth_bytes: what it grows by: nothing if the content is there already.
 
         Raises:
             CapacityError: reason VERSIONS_QUOTA, NAME_QUOTA or STORE_QUOTA.
@@ -38,7 +39,6 @@ class StoreQuota:
                 f"{self.max_bytes_per_name}",
                 f"one of {name}",
             )
-        total_bytes = rows.total_bytes()
         if self.max_bytes is not None and total_bytes + growth_bytes > self.max_bytes:
             raise _over(
                 "STORE_QUOTA",

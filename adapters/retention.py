@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from adapters.errors import InvalidAdapterError
 from adapters.facts import AdapterState
+from adapters.quarantine import Quarantined
 from adapters.rows import Entry
 
 KEEP_LABEL = "keep"
@@ -18,7 +19,7 @@ class RetentionPolicy:
 
     Attributes:
         keep_versions: so many of the newest READY versions of each name.
-        min_age_s: whatever is younger, in any state.
+        min_age_s: whatever is younger, in any state; damaged files that are in quarantine for less.
     """
 
     keep_versions: int
@@ -62,15 +63,18 @@ class Collection:
 
     Attributes:
         left_over_bytes: of contents that were deleted before, and that nobody uses any more.
+        quarantined: damaged files.
     """
 
     versions: tuple[Doomed, ...]
     left_over_bytes: int
+    quarantined: tuple[Quarantined, ...]
 
     @property
     def freed_bytes(self) -> int:
         """Of everything together."""
-        return self.left_over_bytes + sum(version.freed_bytes for version in self.versions)
+        of_versions = sum(version.freed_bytes for version in self.versions)
+        return self.left_over_bytes + of_versions + sum(entry.size_bytes for entry in self.quarantined)
 
 
 def doomed(entries: Iterable[Entry], policy: RetentionPolicy, now_s: float) -> tuple[Doomed, ...]:
@@ -92,6 +96,13 @@ def doomed(entries: Iterable[Entry], policy: RetentionPolicy, now_s: float) -> t
             freed_bytes = 0 if users[entry.digest] else entry.size_bytes
             found.append(Doomed(entry.name, entry.version, entry.digest, reason, freed_bytes))
     return tuple(sorted(found, key=lambda version: (version.name, version.version)))
+
+
+def outdated(
+    entries: Iterable[Quarantined], policy: RetentionPolicy, now_s: float
+) -> tuple[Quarantined, ...]:
+    """The damaged files that the policy lets go."""
+    return tuple(entry for entry in entries if now_s - entry.since_s >= policy.min_age_s)
 
 
 def _of_one_name(

@@ -240,6 +240,15 @@ class Rows:
         )
         return [_record(row) for row in rows]
 
+    def failed(self) -> list[tuple[str, int, bool]]:
+        """Digest and bytes of every FAILED content, and whether a version has it."""
+        rows = self._connection.execute(
+            "SELECT digest, size_bytes, EXISTS (SELECT 1 FROM versions v WHERE v.digest = c.digest) "
+            "AS is_referenced FROM contents c INDEXED BY contents_by_state WHERE state = ?",
+            (AdapterState.FAILED,),
+        )
+        return [(row["digest"], row["size_bytes"], bool(row["is_referenced"])) for row in rows]
+
     def total_bytes(self) -> int:
         return int(self._value("SELECT coalesce(sum(size_bytes), 0) FROM contents"))
 

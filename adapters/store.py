@@ -41,11 +41,12 @@ from adapters.names import (
     check_version,
     parse_reference,
 )
+from adapters.quarantine import QuarantineFolder
 from adapters.quota import StoreQuota
-from adapters.recovery import recover, remove_unused
-from adapters.retention import Collection, RetentionPolicy
+from adapters.recovery import fail, recover, remove_unused
+from adapters.retention import Collection, RetentionPolicy, outdated
 from adapters.retention import doomed as doomed_by
-from adapters.rows import Content
+from adapters.rows import Content, Rows
 from adapters.store_reader import NO_LABELS, StoreReader
 from adapters.transaction import Transaction
 from adapters.uploads import UploadShelf
@@ -75,12 +76,13 @@ class AdapterStore(StoreReader):
             blobs = BlobFolder(root)
         try:
             self.uploads = UploadShelf(root)
+            quarantine = QuarantineFolder(root)
             catalogue = Catalogue(root / "catalogue.sqlite3")
-            recover(catalogue, blobs)
+            recover(catalogue, blobs, quarantine)
         except BaseException:
             blobs.close()
             raise
-        super().__init__(root, catalogue, blobs)
+        super().__init__(root, catalogue, blobs, quarantine)
         self._quota = quota
         self.changes = ChangeLog(catalogue)
 
@@ -144,8 +146,8 @@ class AdapterStore(StoreReader):
                 existing = same_content(rows, name, version, facts.digest)
                 number = existing.version if existing else free_version(rows, name, version)
                 if existing is None:
-                    growth_bytes = facts.size_bytes if rows.content(facts.digest) is None else 0
-                    self._quota.check(rows, name, facts.size_bytes, growth_bytes)
+                    growth_bytes = 0 if self._is_there(rows, facts.digest) else facts.size_bytes
+                    self._check_quota(rows, name, facts.size_bytes, growth_bytes)
                 self._keep(rows, staged, facts, files)
                 if existing is None:
                     rows.add_version(name, number, facts.digest, labels, description)
@@ -257,25 +259,33 @@ class AdapterStore(StoreReader):
         return removed
 
     def collect(self, policy: RetentionPolicy, *, dry_run: bool) -> Collection:
-        """Deletes the versions that a policy lets go, and removes what earlier deletions left.
+        """Deletes the versions and the damaged files that a policy lets go; says what earlier deletions left.
 
         As after `delete`, the files of contents that have no version any more stay until `remove_blob`.
 
         Args:
             dry_run: changes nothing, and tells what would go.
         """
-        with self._catalogue.writing() as rows:
-            versions = doomed_by(rows.entries(), policy, time.time())
-            left_over_bytes = rows.unreferenced_bytes()
+        now_s = time.time()
+        with disk_errors(), self._catalogue.writing() as rows:
+            away = {digest: (size, is_referenced) for digest, size, is_referenced in self._away(rows)}
+            entries = (replace(e, size_bytes=0) if e.digest in away else e for e in rows.entries())
+            versions = doomed_by(entries, policy, now_s)
+            gone_bytes = sum(size for size, is_referenced in away.values() if not is_referenced)
+            left_over_bytes = rows.unreferenced_bytes() - gone_bytes
+            quarantined = outdated(self._quarantine.all(), policy, now_s)
             if not dry_run:
                 for version in versions:
                     rows.remove_version(version.name, version.version)
-        return Collection(versions, left_over_bytes)
+                for entry in quarantined:
+                    self._blobs.throw_away(self._quarantine.path_of(entry.place))
+        self._blobs.empty_trash()
+        return Collection(versions, left_over_bytes, quarantined)
 
     def recover(self) -> None:
         """Marks what is damaged, and removes what ended processes left and what nobody uses any more."""
         self._blobs.sweep()
-        recover(self._catalogue, self._blobs)
+        recover(self._catalogue, self._blobs, self._quarantine)
 
     def adopt(
         self,
@@ -310,12 +320,29 @@ class AdapterStore(StoreReader):
         return adopted
 
     def mark_failed(self, digest: str, error: str) -> None:
-        """Makes every version with this content FAILED, for a reason that its owner will read."""
-        with self._catalogue.writing() as rows:
+        """Makes every version with this content FAILED, for a reason that its owner will read.
+
+        Its files go to quarantine, now if nobody uses them, else with `put_away`.
+        """
+        with disk_errors(), self._catalogue.writing() as rows:
             content = rows.content(check_digest(digest))
             if content is None:
                 raise no_such_content(digest)
-            rows.put_content(replace(content, state=AdapterState.FAILED, error=error))
+            # What was said first explains what is seen later.
+            error = error if content.state is AdapterState.READY else content.error
+            fail(rows, self._blobs, self._quarantine, content, error)
+
+    def put_away(self, digest: str) -> bool:
+        """Moves the files of a FAILED content to quarantine; nothing happens if it is not FAILED.
+
+        Returns:
+            False if a process still uses them; they stay until this is called again, or a store is opened.
+        """
+        with disk_errors(), self._catalogue.writing() as rows:
+            content = rows.content(check_digest(digest))
+            if content is None or content.state is not AdapterState.FAILED:
+                return True
+            return fail(rows, self._blobs, self._quarantine, content, content.error)
 
     def check_quota(self, name: str, files: Sequence[StoredFile], shelved_bytes: int = 0) -> None:
         """Whether a version with these files would fit, beside what else is being uploaded.
@@ -331,7 +358,15 @@ class AdapterStore(StoreReader):
         with self._catalogue.reading() as rows:
             known = rows.digests_of(files)
             if not any(rows.with_digest(digest, name) for digest in known):
-                self._quota.check(rows, name, size_bytes, others_bytes + (0 if known else size_bytes))
+                is_there = any(self._is_there(rows, digest) for digest in known)
+                self._check_quota(rows, name, size_bytes, others_bytes + (0 if is_there else size_bytes))
+
+    def _is_there(self, rows: Rows, digest: str) -> bool:
+        return rows.content(digest) is not None and self._blobs.has(digest)
+
+    def _check_quota(self, rows: Rows, name: str, size_bytes: int, growth_bytes: int) -> None:
+        total_bytes = self._total_bytes(rows)
+        self._quota.check(rows, name, size_bytes, total_bytes=total_bytes, growth_bytes=growth_bytes)
 
     def _seal(self, staged: Path, facts: AdapterFacts) -> tuple[StoredFile, ...]:
         return self._checked(self._blobs.seal(staged), facts)

@@ -14,6 +14,7 @@ from adapters.leases import Lease
 from adapters.lookup import find, no_such_content, read_token, token_after
 from adapters.manifest import ListedVersion
 from adapters.names import NewestOf, Reference, check_digest, parse_reference
+from adapters.quarantine import Quarantined, QuarantineFolder
 from adapters.rows import Content, Entry, Rows
 
 MAX_PAGE_SIZE = 1000
@@ -22,13 +23,16 @@ NO_LABELS: Mapping[str, str] = {}
 
 Records = list[AdapterRecord]
 Page = tuple[list[AdapterRecord], str]
+Quarantine = list[Quarantined]
 
 
 class StoreReader:
     """The half of a store that changes nothing. Thread-safe; every method may touch the disk."""
 
-    def __init__(self, root: Path, catalogue: Catalogue, blobs: BlobFolder) -> None:
-        self._root, self._catalogue, self._blobs = root, catalogue, blobs
+    def __init__(
+        self, root: Path, catalogue: Catalogue, blobs: BlobFolder, quarantine: QuarantineFolder
+    ) -> None:
+        self._root, self._catalogue, self._blobs, self._quarantine = root, catalogue, blobs, quarantine
 
     def resolve(self, reference: str) -> AdapterRecord:
         """The version that a request for this reference gets now; "name" is the newest READY one.
@@ -150,9 +154,22 @@ class StoreReader:
             return shutil.disk_usage(self._root).free
 
     def total_bytes(self) -> int:
-        """Bytes of all files in the store, those of deleted versions until they are removed."""
+        """Bytes of published files, also of deleted versions until they are removed, and of damaged files."""
         with self._catalogue.reading() as rows:
-            return rows.total_bytes()
+            return self._total_bytes(rows)
+
+    def quarantined(self) -> Quarantine:
+        """Damaged files that were moved out of the way, the oldest first."""
+        with disk_errors():
+            return self._quarantine.all()
+
+    def _total_bytes(self, rows: Rows) -> int:
+        away_bytes = sum(size_bytes for _, size_bytes, _ in self._away(rows))
+        return rows.total_bytes() - away_bytes + self._quarantine.total_bytes()
+
+    def _away(self, rows: Rows) -> Iterator[tuple[str, int, bool]]:
+        """Of the FAILED contents those whose files are lost or in quarantine; see Rows.failed."""
+        return (failed for failed in rows.failed() if not self._blobs.has(failed[0]))
 
     def _content(self, digest: str) -> Content:
         with self._catalogue.reading() as rows:

@@ -160,6 +160,10 @@ def collection(response: adapters_pb2.CollectGarbageResponse) -> types.Collectio
             for version in response.versions
         ),
         response.freed_bytes,
+        tuple(
+            types.CollectedQuarantine(entry.place, entry.digest, entry.reason, entry.freed_bytes)
+            for entry in response.quarantined
+        ),
     )
 
 

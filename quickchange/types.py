@@ -263,11 +263,27 @@ class CollectedVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class CollectedQuarantine:
+    """Damaged files that a collection took away, or would take.
+
+    Attributes:
+        place: their folder, from the store's on.
+        reason: what is wrong with them.
+    """
+
+    place: str
+    digest: str
+    reason: str
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Collection:
     """What a collection of old versions took away, or would take; bytes of earlier deletions included."""
 
     versions: tuple[CollectedVersion, ...]
     freed_bytes: int
+    quarantined: tuple[CollectedQuarantine, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,8 @@ def collect(client: "Client", args: argparse.Namespace) -> None:
     if collection.versions:
         rows = [(each.reference, size(each.freed_bytes), each.reason) for each in collection.versions]
         print_table(("ADAPTER", "FREES", "WHY"), rows)
+    for entry in collection.quarantined:
+        print(f"{entry.place}: {entry.reason}")
     would = "would be " if args.dry_run else ""
     count = len(collection.versions)
     print(

@@ -1,6 +1,8 @@
-"""`quickchange store …`: a store's folder as one file, and back. Needs no server, and may run beside some."""
+"""`quickchange store …`: a store's folder as one file and back, and its damaged files. Needs no server."""
 
 import argparse
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +20,10 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser = add_command(
         subparsers,
         "store",
-        "export a store of adapters to a file, or import one",
+        "export a store of adapters to a file, import one, or show what is damaged",
         "  quickchange store export --store ./store --out adapters.tar\n"
-        "  quickchange store import --store ./other adapters.tar",
+        "  quickchange store import --store ./other adapters.tar\n"
+        "  quickchange store quarantine --store ./store",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     export = add_command(
@@ -42,8 +45,16 @@ def add_parser(subparsers: "Subparsers") -> None:
         action="store_true",
         help="give a version the next number where its own is taken or was used (default: refuse)",
     )
-    for each in (export, load):
+    quarantine = add_command(
+        actions,
+        "quarantine",
+        "show the damaged files of a store that were moved out of the way, and why",
+        "  quickchange store quarantine --store ./store",
+    )
+    add_json_option(quarantine)
+    for each in (export, load, quarantine):
         each.add_argument("--store", required=True, type=Path, metavar="DIR", help="the folder of the store")
+    for each in (export, load):
         each.add_argument(
             "--name", action="append", default=[], metavar="N", help="only this adapter; may be repeated"
         )
@@ -55,11 +66,11 @@ def run(args: argparse.Namespace) -> int:
     with needs_extra("server"):
         from adapters.errors import AdapterError
         from adapters.store import AdapterStore
-    if args.action == "export" and not (args.store / "catalogue.sqlite3").is_file():
+    if args.action != "import" and not (args.store / "catalogue.sqlite3").is_file():
         raise CommandError(f"{args.store} is no store of adapters; give the folder that a server was given")
     try:
         with AdapterStore(args.store) as store:
-            _export(store, args) if args.action == "export" else _import(store, args)
+            _ACTIONS[args.action](store, args)
     except AdapterError as error:
         raise CommandError(str(error)) from error
     return 0
@@ -94,3 +105,24 @@ def _import(store: "AdapterStore", args: argparse.Namespace) -> None:
             print(f"{each.listed.name}:{alias} stays where it points here")
     created = sum(each.created for each in adopted)
     print(f"{created} versions imported, {len(adopted) - created} were there already")
+
+
+def _quarantine(store: "AdapterStore", args: argparse.Namespace) -> None:
+    entries = store.quarantined()
+    if args.json:
+        print_json(entries)
+        return
+    for entry in entries:
+        since = datetime.fromtimestamp(entry.since_s).astimezone().isoformat(sep=" ", timespec="seconds")
+        print(f"{entry.place} ({size(entry.size_bytes)}, since {since}): {entry.reason}")
+    print(
+        f"{len(entries)} damaged content{'s' if len(entries) != 1 else ''}, "
+        f"{size(sum(entry.size_bytes for entry in entries))}; `quickchange adapters gc` removes old ones"
+    )
+
+
+_ACTIONS: Mapping[str, Callable[["AdapterStore", argparse.Namespace], None]] = {
+    "export": _export,
+    "import": _import,
+    "quarantine": _quarantine,
+}

@@ -1096,22 +1096,57 @@ class CollectedVersion(google.protobuf.message.Message):
 Global___CollectedVersion: typing_extensions.TypeAlias = CollectedVersion
 
 @typing.final
+class CollectedQuarantine(google.protobuf.message.Message):
+    """Files that were found damaged, and that lie in the store's quarantine."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLACE_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    FREED_BYTES_FIELD_NUMBER: builtins.int
+    place: builtins.str
+    """Their folder, from the store's on."""
+    digest: builtins.str
+    reason: builtins.str
+    """What is wrong with them, for people."""
+    freed_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        place: builtins.str = ...,
+        digest: builtins.str = ...,
+        reason: builtins.str = ...,
+        freed_bytes: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["digest", b"digest", "freed_bytes", b"freed_bytes", "place", b"place", "reason", b"reason"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___CollectedQuarantine: typing_extensions.TypeAlias = CollectedQuarantine
+
+@typing.final
 class CollectGarbageResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     VERSIONS_FIELD_NUMBER: builtins.int
     FREED_BYTES_FIELD_NUMBER: builtins.int
+    QUARANTINED_FIELD_NUMBER: builtins.int
     freed_bytes: builtins.int
     """On disk, what earlier deletions left included; gone once no request uses them any more."""
     @property
     def versions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___CollectedVersion]: ...
+    @property
+    def quarantined(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___CollectedQuarantine]:
+        """Damaged files that are as old as versions have to be."""
+
     def __init__(
         self,
         *,
         versions: collections.abc.Iterable[Global___CollectedVersion] | None = ...,
         freed_bytes: builtins.int = ...,
+        quarantined: collections.abc.Iterable[Global___CollectedQuarantine] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["freed_bytes", b"freed_bytes", "versions", b"versions"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["freed_bytes", b"freed_bytes", "quarantined", b"quarantined", "versions", b"versions"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___CollectGarbageResponse: typing_extensions.TypeAlias = CollectGarbageResponse

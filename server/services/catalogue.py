@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from adapters.bundle import Bundle, read_bundle
 from adapters.errors import AdapterError
-from adapters.facts import AdapterRecord
+from adapters.facts import AdapterRecord, AdapterState
 from adapters.leases import Lease
 from adapters.retention import Collection, RetentionPolicy
 from adapters.rows import Change, Entry
@@ -46,6 +46,7 @@ class Catalogue:
         self._preparing: set[asyncio.Future[None]] = set()
         self._removals: dict[str, asyncio.Task[None]] = {}
         self._to_remove: set[str] = set()
+        self._putting_away: dict[str, asyncio.Task[None]] = {}
         self._names: dict[str, str] = {}
         self._pinned: set[str] = set()
         self._pinning = asyncio.Lock()
@@ -120,6 +121,8 @@ class Catalogue:
                 self._begin_removal(change.digest)
             elif change.is_pinned != (change.digest in self._pinned):
                 await self._sync_pin(change.digest)
+            if change.record is not None and change.record.state is AdapterState.FAILED:
+                self._begin_putting_away(change.digest)
             if change.is_pinned:
                 self._names[change.digest] = change.name
 
@@ -160,6 +163,22 @@ class Catalogue:
                 log.info("adapter removed digest=%s", digest)
                 return
             await asyncio.sleep(_REMOVAL_RETRY_S)  # another server's requests use it
+
+    def _begin_putting_away(self, digest: str) -> None:
+        if digest not in self._putting_away:
+            self._putting_away[digest] = asyncio.create_task(self._put_away(digest))
+
+    async def _put_away(self, digest: str) -> None:
+        """Damaged files leave their place once no request of any server uses them."""
+        try:
+            while True:
+                if await self._workers.run(self.store.put_away, digest):
+                    return
+                await asyncio.sleep(_REMOVAL_RETRY_S)  # until the requests that use it have ended
+        except Exception:
+            log.exception("damaged files stay where they are digest=%s; the next start moves them", digest)
+        finally:
+            del self._putting_away[digest]
 
     async def load_pinned(self) -> None:
         """Has every pinned adapter loaded, after a start; what does not fit is named in the log."""

@@ -261,7 +261,15 @@ def collection(collected: Collection) -> adapters_pb2.CollectGarbageResponse:
         )
         for version in collected.versions
     ]
-    return adapters_pb2.CollectGarbageResponse(versions=versions, freed_bytes=collected.freed_bytes)
+    quarantined = [
+        adapters_pb2.CollectedQuarantine(
+            place=entry.place, digest=entry.digest, reason=entry.reason, freed_bytes=entry.size_bytes
+        )
+        for entry in collected.quarantined
+    ]
+    return adapters_pb2.CollectGarbageResponse(
+        versions=versions, freed_bytes=collected.freed_bytes, quarantined=quarantined
+    )
 
 
 def _set_facts(message: adapters_pb2.Adapter, facts: AdapterFacts) -> None:

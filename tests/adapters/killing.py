@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from adapters.files import WEIGHTS_FILE
 from adapters.manifest import ListedVersion
 from adapters.retention import RetentionPolicy
 from adapters.store import AdapterState, AdapterStore
@@ -46,10 +47,17 @@ def prepare(root: Path) -> None:
         publish(store, "sql", "two")
         publish(store, "sql", "broken")
         publish(store, "other", "one")
+        publish(store, "other", "rotten")
         store.update("sql", 1, set_aliases=["prod"])
         store.mark_failed(digest_of("broken"), "bit rot")
         publish(store, "gone", "gone")
         store.delete("gone")
+    damaged = root / "blobs/sha256" / digest_of("rotten").removeprefix("sha256:") / WEIGHTS_FILE
+    damaged.chmod(0o600)
+    damaged.write_text("rot")
+    unfinished = root / "quarantine" / f"{'0' * 64}.1"
+    unfinished.mkdir()
+    (unfinished / "reason.json").write_text("{}")
     orphan = root / "blobs/sha256" / ("0" * 64)
     orphan.mkdir()
     (orphan / "adapter_config.json").write_text("{}")
@@ -106,6 +114,7 @@ OPERATIONS: dict[str, Callable[[AdapterStore], object]] = {
     "delete all": lambda store: store.delete("sql", all_versions=True),
     "collect": collect_and_remove,
     "import": adopt,
+    "mark failed": lambda store: store.mark_failed(digest_of("two"), "bit rot"),
 }
 
 
@@ -184,6 +193,14 @@ def inspect(root: Path) -> Any:
         left_over = set(os.listdir(root / "blobs/sha256")) - listed
         assert not left_over, f"blobs {left_over} are in nobody's list"
         assert len(os.listdir(root / "staging")) == 2, "a dead process left staging behind"
+        quarantined = [entry.place for entry in store.quarantined()]
+        assert len(quarantined) == len(os.listdir(root / "quarantine")), "quarantine has a half entry"
+        for place in quarantined:
+            assert len(os.listdir(root / place / "files")) == 2, "damaged files were lost"
+        for record in records:
+            if record.state is AdapterState.FAILED:
+                assert record.facts.digest.removeprefix("sha256:") not in os.listdir(root / "blobs/sha256")
+                assert "were moved to quarantine/" in record.error
         return [
             [r.reference, r.facts.digest, r.state, r.aliases, r.pinned, r.labels, r.error, r.description]
             for r in records

@@ -28,7 +28,8 @@ class Model:
     aliases: dict[tuple[str, str], int] = field(default_factory=dict)
     pinned: set[tuple[str, int]] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
-    stored: set[str] = field(default_factory=set)  # contents whose files are there, deleted ones included
+    stored: set[str] = field(default_factory=set)  # contents that are listed, deleted ones included
+    quarantined: list[str] = field(default_factory=list)
 
     def of(self, name: str) -> dict[int, str]:
         return {version: content for (other, version), content in self.versions.items() if other == name}
@@ -104,6 +105,7 @@ class StoreMachine(RuleBasedStateMachine):
     def fail(self, content: str) -> None:
         if content in self.model.stored:
             self.store.mark_failed(digest_of(content), "broken")
+            self.model.quarantined += [content] * (content not in self.model.failed)
             self.model.failed.add(content)
         else:
             with pytest.raises(AdapterNotFoundError):
@@ -199,9 +201,13 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def stores_what_there_is(self) -> None:
         blobs = {path.name for path in (self.folder / "store/blobs/sha256").iterdir()}
-        assert blobs == {digest_of(content).removeprefix("sha256:") for content in self.model.stored}
-        assert self.store.total_bytes() == sum(2 + len(content) for content in self.model.stored)
-        for content in self.model.stored:
+        in_place = self.model.stored - self.model.failed
+        assert blobs == {digest_of(content).removeprefix("sha256:") for content in in_place}
+        in_quarantine = [entry.digest for entry in self.store.quarantined()]
+        assert sorted(in_quarantine) == sorted(digest_of(content) for content in self.model.quarantined)
+        sizes = [2 + len(content) for content in (*in_place, *self.model.quarantined)]
+        assert self.store.total_bytes() == sum(sizes)
+        for content in in_place:
             self.store.verify(digest_of(content))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from quickchange import Client, NotFoundError, Residency
+from quickchange import AdapterState, Client, FailedPreconditionError, NotFoundError, Residency
 from tests.e2e.conftest import SMALL
 from tests.e2e.process import ServerProcess, eventually, running
 from tests.e2e.test_lifecycle import PROMPT, blob_exists, first_tokens, greedy
@@ -106,6 +106,33 @@ def test_what_is_idle_in_memory_leaves_it_when_another_server_deletes_it(
     before = client.server_info().capacity.adapter_device_bytes_used
     other.adapters.delete("idle@1")
     eventually(lambda: client.server_info().capacity.adapter_device_bytes_used < before)
+
+
+def test_damage_that_one_server_finds_takes_nothing_from_the_streams_of_the_other(
+    server: ServerProcess, client: Client, other: Client, own_content: Path
+) -> None:
+    digest = client.adapters.push(own_content, "rotten").adapter.digest
+    blob = server.store / "blobs/sha256" / digest.removeprefix("sha256:")
+    with other.stream(PROMPT, adapter="rotten", max_new_tokens=16000, ignore_eos=True) as stream:
+        first_tokens(stream, 4)
+        flip_last_bit(blob / "adapter_model.safetensors")
+        with pytest.raises(FailedPreconditionError) as found_out:
+            client.generate(PROMPT, adapter=digest, max_new_tokens=1)
+        assert found_out.value.metadata == {"cause": "CHECKSUM_MISMATCH"}
+        assert client.adapters.get("rotten").state is AdapterState.FAILED
+        first_tokens(stream, 4)
+        assert blob.exists()
+    eventually(lambda: not blob.exists())
+    eventually(lambda: "were moved to quarantine/" in other.adapters.get("rotten").error)
+    assert client.adapters.push(own_content, "rotten").adapter.state is AdapterState.READY
+    assert client.generate(PROMPT, adapter="rotten", max_new_tokens=1).token_ids
+    client.adapters.delete("rotten@1")
+
+
+def flip_last_bit(path: Path) -> None:
+    path.chmod(0o600)
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
 
 
 @pytest.mark.slow

@@ -170,6 +170,12 @@ def test_kill_and_restart_serve_every_adapter_again(
         failed = client.adapters.get("b@1")
         assert failed.state is AdapterState.FAILED
         assert "SHA-256" in failed.error
+        # Once the request that found out has ended, the damaged files leave their place.
+        eventually(lambda: "were moved to quarantine/" in client.adapters.get("b@1").error)
+        place = client.adapters.get("b@1").error.rpartition(" ")[2]
+        assert (server.store / place / "files/adapter_model.safetensors").is_file()
+        collected = client.adapters.collect_garbage(min_age_s=0, keep_versions=5, dry_run=True)
+        assert [(entry.place, entry.digest) for entry in collected.quarantined] == [(place, digest)]
         with pytest.raises(DataLossError) as known:
             client.generate(PROMPT, adapter="b@1", max_new_tokens=8)
         assert known.value.reason == "ADAPTER_FAILED"

@@ -227,7 +227,10 @@ class Adapters(adapters_pb2_grpc.AdapterServiceServicer):
         gone = adapters_pb2.CollectedVersion(
             name="sql", version=1, digest=DIGEST, reason="2 newer ones are READY", freed_bytes=2048
         )
-        return adapters_pb2.CollectGarbageResponse(versions=[gone], freed_bytes=3072)
+        damaged = adapters_pb2.CollectedQuarantine(
+            place=f"quarantine/{'0' * 64}.1", digest=DIGEST, reason="bit rot", freed_bytes=1024
+        )
+        return adapters_pb2.CollectGarbageResponse(versions=[gone], freed_bytes=3072, quarantined=[damaged])
 
 
 class Server(server_pb2_grpc.ServerServiceServicer):

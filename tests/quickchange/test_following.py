@@ -89,6 +89,9 @@ def test_collecting(client: Client, script: Script) -> None:
         2048,
         3072,
     )
+    (damaged,) = collection.quarantined
+    assert (damaged.place[:12], damaged.digest, damaged.reason) == ("quarantine/0", DIGEST, "bit rot")
+    assert damaged.freed_bytes == 1024
     request = script.requests[0]
     assert (request.keep_versions, request.min_age.ToTimedelta().total_seconds(), request.dry_run) == (
         2,
@@ -116,6 +119,7 @@ def test_the_command_tells_what_goes_and_why(
     assert capsys.readouterr().out.splitlines() == [
         "ADAPTER  FREES    WHY",
         "sql@1    2.0 KiB  2 newer ones are READY",
+        f"quarantine/{'0' * 64}.1: bit rot",
         "1 version would be deleted, 3.0 KiB would be freed",
     ]
     assert (script.requests[0].keep_versions, script.requests[0].min_age.seconds) == (3, 60)
