@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from adapters.canary import Canary, parse_canary
-from adapters.errors import InvalidAdapterError, UnsupportedAdapterError
+from adapters.errors import InvalidAdapterError, UnsupportedAdapterError, WrongBaseError
 from adapters.files import BUNDLE_FILE, read_bounded
 from adapters.strict_json import brief, parse_object
 
@@ -69,6 +69,15 @@ def read_bundle(directory: Path) -> Bundle | None:
     if not path.is_symlink() and not path.exists():
         return None
     return parse_bundle(read_bounded(path, MAX_BUNDLE_BYTES))
+
+
+def check_base(declared: str, resident: str) -> None:
+    """Whether an adapter was made for the resident base, by their fingerprints; WrongBaseError if not."""
+    if declared != resident:
+        raise WrongBaseError(
+            f"the adapter was made for base {declared}, the server has {resident}; "
+            "send it to a server with its base, or train it on this one"
+        )
 
 
 def parse_bundle(raw: bytes) -> Bundle:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from adapters.adoption import Adopted
 from adapters.blobs import disk_errors
+from adapters.bundle import read_bundle
 from adapters.errors import AdapterCorruptError, AdapterNotFoundError
 from adapters.facts import AdapterFacts, StoredFile
 from adapters.files import open_regular
@@ -149,6 +150,12 @@ def _check(digest: str, members: tuple[StoredFile, ...], staged: _Staged) -> Non
     size_bytes = sum(member.size_bytes for member in members if member.name != FACTS)
     if staged.facts is None or staged.facts.size_bytes != size_bytes:
         refuse(f"has facts of {digest} that are not of its files")
+    bundle = read_bundle(staged.folder)
+    if bundle is not None and bundle.base_fingerprint != staged.facts.base_fingerprint:
+        refuse(
+            f"has {digest} as checked for base {staged.facts.base_fingerprint[:100]}, and it was made for "
+            f"{bundle.base_fingerprint}"
+        )
 
 
 def _expect(tar: TarReader, name: str, size_bytes: int) -> None:

@@ -3,9 +3,11 @@
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from adapters.bundle import check_base, read_bundle
 from adapters.copies import FactorCopies
 from adapters.errors import AdapterCorruptError
 from adapters.factors import AdapterFactors, read_factors
@@ -78,12 +80,18 @@ class AdapterLoader:
         verified = self._verifier.submit(self._verify, digest)
         try:
             folder = self._store.path_of(digest)
+            self._check_base(folder)
             spec = parse_spec((folder / CONFIG_FILE).read_bytes())
             pairs = load_pairs(folder / WEIGHTS_FILE, spec, self._layout)
             factors = read_factors(pairs, spec, self._dtype, page_locked=self._copies.are_needed)
         finally:
             verified.result()  # that the files changed explains any other error
         return Loaded(factors, time.monotonic() - began_s)
+
+    def _check_base(self, folder: Path) -> None:
+        bundle = read_bundle(folder)
+        if bundle is not None:
+            check_base(bundle.base_fingerprint, self._layout.fingerprint)
 
     def _verify(self, digest: str) -> None:
         try:

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
 
+from adapters.bundle import check_base
 from adapters.copies import FactorCopies
 from adapters.device_tier import DeviceTier
 from adapters.errors import AdapterError, AdapterNotFoundError, CapacityError
@@ -94,9 +95,7 @@ class AdapterResidency:
         self._loading: dict[str, _Loading] = {}
         self._refused: dict[str, AdapterError] = {}
         # Asked for in every step while an adapter waits for room; a content never changes.
-        self._bytes_of = lru_cache(maxsize=_SIZES_KEPT)(
-            lambda digest: bytes_of(store.facts_of(digest), layout, dtype)
-        )
+        self._bytes_of = lru_cache(maxsize=_SIZES_KEPT)(partial(_bytes_of, store, layout, dtype))
 
     # What there is
 
@@ -182,7 +181,7 @@ class AdapterResidency:
 
         Raises:
             CapacityError: there can be no room for it, or there is no host tier.
-            AdapterNotFoundError
+            WrongBaseError, AdapterNotFoundError
         """
         if self.whereabouts(digest) != "disk" or self.is_loading(digest):
             return
@@ -314,6 +313,14 @@ class AdapterResidency:
             seconds,
         )
         return LoadOutcome(digest, load.tier, load.source, seconds, error)
+
+
+def _bytes_of(store: AdapterStore, layout: BaseLayout, dtype: torch.dtype, digest: str) -> int:
+    """Of an adapter of this base; WrongBaseError for any other, before somebody makes room for it."""
+    declared = store.declared_base_of(digest)
+    if declared is not None:
+        check_base(declared, layout.fingerprint)
+    return bytes_of(store.facts_of(digest), layout, dtype)
 
 
 def _error_of(digest: str, future: "Future[Loaded]") -> AdapterError | None:

@@ -10,6 +10,7 @@ from adapters.blobs import BlobFolder, disk_errors
 from adapters.catalogue import Catalogue
 from adapters.errors import AdapterCorruptError, InvalidAdapterError
 from adapters.facts import AdapterFacts, AdapterRecord, AdapterState
+from adapters.files import BUNDLE_FILE
 from adapters.leases import Lease
 from adapters.lookup import find, no_such_content, read_token, token_after
 from adapters.manifest import ListedVersion
@@ -85,6 +86,12 @@ class StoreReader:
     def facts_of(self, digest: str) -> AdapterFacts:
         """Facts of a content, as long as its files are there: also after its last version was deleted."""
         return self._content(digest).facts
+
+    def declared_base_of(self, digest: str) -> str | None:
+        """The base that a content says it was made for; None if it does not say."""
+        content = self._content(digest)
+        is_told = any(file.name == BUNDLE_FILE for file in content.files)
+        return content.facts.base_fingerprint if is_told else None
 
     def list(
         self,

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapters.bundle import Bundle, read_bundle
-from adapters.errors import AdapterError, InvalidAdapterError, WrongBaseError, raise_first
+from adapters.bundle import Bundle, check_base, read_bundle
+from adapters.errors import AdapterError, InvalidAdapterError, raise_first
 from adapters.facts import AdapterFacts
 from adapters.files import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, read_bounded
 from adapters.layout import BaseLayout
@@ -139,12 +139,7 @@ class _Examiner:
     def _check_base(self) -> str:
         if self._bundle is None:
             return _Skipped("the adapter does not say for which base it was made")
-        declared, ours = self._bundle.base_fingerprint, self._layout.fingerprint
-        if declared != ours:
-            raise WrongBaseError(
-                f"the adapter was made for base {declared}, the server has {ours}; "
-                "send it to a server with its base, or train it on this one"
-            )
+        check_base(self._bundle.base_fingerprint, self._layout.fingerprint)
         return "the one it was made for"
 
     def _check_modules(self) -> str:
