@@ -156,10 +156,13 @@ class AdapterResidency:
 
     # Moves
 
-    def prefetch(self, digest: str) -> None:
+    def prefetch(self, digest: str, spared: Set[str] = frozenset()) -> None:
         """Begins a load to the device unless it is there, under way, or there is no room now.
 
         What makes it impossible is told by `collect`.
+
+        Args:
+            spared: others that stay where they are.
         """
         if digest in self._device or self.is_loading(digest):
             return
@@ -171,13 +174,37 @@ class AdapterResidency:
             self._wake()
             return
         if digest in self._host:
-            self._promote(digest, size_bytes)
-        elif self._make_room_on_device(size_bytes):
+            self._promote(digest, size_bytes, spared)
+        elif self._make_room_on_device(size_bytes, spared):
             self._device.reserve(digest, size_bytes)
             self._began(digest, self._loader.read(digest, "device"), "device", "disk")
 
-    def prefetch_to_host(self, digest: str) -> None:
+    def prepare(self, order: Sequence[str]) -> None:
+        """Begins loads of adapters that are needed soon, the first of `order` soonest.
+
+        None of them drives out one in use or one that is needed sooner. What does not fit on the device now
+        comes to the host, and from then on nothing else goes to the device, where it would be in the way.
+        """
+        sooner: set[str] = set()
+        is_room_on_device = True
+        for digest in order:
+            if is_room_on_device:
+                self.prefetch(digest, sooner)
+                is_room_on_device = self.is_resident(digest) or self.is_loading(digest)
+            if not is_room_on_device:
+                try:
+                    self.prefetch_to_host(digest, sooner)
+                except AdapterError:  # no host tier, most often; the rest is told when it is its turn
+                    return
+                if self.whereabouts(digest) == "disk" and not self.is_loading(digest):
+                    return
+            sooner.add(digest)
+
+    def prefetch_to_host(self, digest: str, spared: Set[str] = frozenset()) -> None:
         """Begins a load to the host unless it is in memory, under way, or there is no room now.
+
+        Args:
+            spared: others that stay where they are.
 
         Raises:
             CapacityError: there can be no room for it, or there is no host tier.
@@ -187,7 +214,7 @@ class AdapterResidency:
             return
         size_bytes = self._copies.host_bytes(self._bytes_of(digest))
         self._host.check_fits(size_bytes)
-        if self._make_room_on_host(size_bytes):
+        if self._make_room_on_host(size_bytes, spared):
             self._host.reserve(digest, size_bytes)
             self._began(digest, self._loader.read(digest, "host"), "host", "disk")
 
@@ -248,27 +275,27 @@ class AdapterResidency:
 
     # Leaving
 
-    def _make_room_on_device(self, size_bytes: int) -> bool:
+    def _make_room_on_device(self, size_bytes: int, spared: Set[str]) -> bool:
         """Lets others go until so many bytes are free; none if that cannot be."""
-        victims = self._device.victims_for(size_bytes)
+        victims = self._device.victims_for(size_bytes, spared)
         for digest in victims or ():
-            self._leave_device(digest, evicted=True)
+            self._leave_device(digest, evicted=True, spared=spared)
             self._on_eviction("device")
         return victims is not None
 
-    def _make_room_on_host(self, size_bytes: int) -> bool:
-        victims = self._host.victims_for(size_bytes)
+    def _make_room_on_host(self, size_bytes: int, spared: Set[str]) -> bool:
+        victims = self._host.victims_for(size_bytes, spared)
         for digest in victims or ():
             self._host.take(digest, evicted=True)
             self._on_eviction("host")
             self.changes += 1
         return victims is not None
 
-    def _leave_device(self, digest: str, *, evicted: bool) -> None:
+    def _leave_device(self, digest: str, *, evicted: bool, spared: Set[str] = frozenset()) -> None:
         loaded = self._device.leave(digest, evicted=evicted)
         self.changes += 1
         size_bytes = self._copies.host_bytes(self._bytes_of(digest))
-        if self._make_room_on_host(size_bytes):
+        if self._make_room_on_host(size_bytes, spared):
             future = self._loader.demote(loaded)
             self._host.enter(digest, size_bytes, future, loaded.disk_s)
             future.add_done_callback(lambda _: self._wake())
@@ -278,9 +305,9 @@ class AdapterResidency:
 
     # Arriving
 
-    def _promote(self, digest: str, size_bytes: int) -> None:
+    def _promote(self, digest: str, size_bytes: int, spared: Set[str]) -> None:
         on_host = self._host.acquire(digest)  # so that it does not have to go for those whom it drives out
-        if self._make_room_on_device(size_bytes):
+        if self._make_room_on_device(size_bytes, spared):
             self._device.reserve(digest, size_bytes)
             self._began(digest, self._loader.promote(digest, on_host), "device", "host")
         else:

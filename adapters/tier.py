@@ -112,14 +112,18 @@ class Tier(Generic[T]):
         """Tells the policy that a request began to use it."""
         self._policy.use(key)
 
-    def victims_for(self, size_bytes: int) -> list[str] | None:
-        """Who has to go so that so many bytes are free; None if even all who may go are not enough."""
+    def victims_for(self, size_bytes: int, spared: Set[str] = frozenset()) -> list[str] | None:
+        """Who has to go so that so many bytes are free; None if even all who may go are not enough.
+
+        Args:
+            spared: keys that stay besides those that are referenced or pinned.
+        """
         missing = self._used_bytes + size_bytes - self.budget_bytes
         if missing <= 0:
             return []
         victims = []
         for key in self._policy.order():
-            if self._may_go(key):
+            if key not in spared and self._may_go(key):
                 victims.append(key)
                 missing -= self._entries[key].size_bytes
                 if missing <= 0:

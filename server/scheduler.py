@@ -34,6 +34,9 @@ class AdapterGate(Protocol):
     def release(self, digest: str) -> None:
         """Gives one reference back."""
 
+    def prepare(self, order: Items[str]) -> None:
+        """Begins loads of adapters that are needed soon, the first soonest, as far as there is room."""
+
     def in_the_way(self, digest: str, order: Items[str]) -> Set[str]:
         """Adapters in use that have to go before this one fits, chosen in this order."""
 
@@ -197,14 +200,18 @@ class Scheduler:
 
     def _admit_one(self, admission: "_Admission", now_s: float) -> bool:
         """Starts whoever goes first of those that can; False if nobody does."""
-        for sequence in self.waiting.ranked(now_s, admission.passed):
+        ranked = self.waiting.ranked(now_s, admission.passed)
+        for place, sequence in enumerate(ranked):
             if not self._may_take_a_slot(sequence, admission):
                 continue
             slot = self._slot_for(sequence, now_s)
             if slot is not None:
-                return self._start(
-                    sequence, slot, now_s
-                )  # or none: a long one must not starve behind short ones
+                if self._start(sequence, slot, now_s):
+                    return True
+                # No other may start either: a long one must not starve behind short ones.
+                if not admission.is_room_awaited:
+                    self._prepare(ranked[place:])
+                return False
             admission.passed.add(sequence.client)
             if not self._adapters.is_loading(sequence.client):
                 # No room for its adapter: some in use take no more requests until theirs have ended.
@@ -221,6 +228,11 @@ class Scheduler:
             or not admission.is_room_awaited
             or self._adapters.is_resident(sequence.digest)
         )
+
+    def _prepare(self, ranked: Items[Sequence]) -> None:
+        """Has adapters loaded while those who need them wait for their turn; no more than may run at once."""
+        digests = [sequence.digest for sequence in ranked if sequence.digest is not None]
+        self._adapters.prepare(digests[: self._max_running])
 
     def _by_service(self) -> list[str]:
         """Adapters in use, the one that had most service first."""

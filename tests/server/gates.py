@@ -30,6 +30,19 @@ class OneLoadAtATime:
                 self.loading = digest
         return None
 
+    def prepare(self, order: Sequence[str]) -> None:
+        for place, digest in enumerate(order):
+            if digest in self.resident or digest == self.loading:
+                continue
+            sooner = order[:place]
+            idle = [d for d, references in self.resident.items() if references == 0 and d not in sooner]
+            stay = sum(map(self.size, self.resident)) - sum(map(self.size, idle))
+            if self.loading is not None or stay + self.size(digest) > self.room:
+                return
+            while sum(map(self.size, self.resident)) + self.size(digest) > self.room:
+                del self.resident[idle.pop(0)]
+            self.loading = digest
+
     def size(self, digest: str) -> int:
         return self.sizes.get(digest, 1)
 

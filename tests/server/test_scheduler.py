@@ -325,3 +325,48 @@ def test_while_one_adapter_waits_for_room_no_other_is_loaded() -> None:
         scheduler.add(sequence_of((1, 2), 9, adapter))
     scheduler.next_batch(0.0)
     assert gate.loading is None
+
+
+def test_who_waits_for_a_place_has_its_adapter_loaded_meanwhile() -> None:
+    gate = OneLoadAtATime(room=2)
+    gate.resident["0"] = 0
+    scheduler = scheduler_of(gate, running=1)
+    first, same, cold = sequence_of((1, 2), 5, 0), sequence_of((3, 4), 2, 0), sequence_of((5, 6), 2, 1)
+    base = sequence_of((7, 8), 2)
+    for sequence in (first, base, same, cold):
+        scheduler.add(sequence)
+    run_step(scheduler)
+    assert scheduler.running == [first]
+    assert gate.loading == "1"
+    gate.finish_load()
+    ended = finish_all(scheduler, [first, base, same, cold])
+    assert ended[0] is first
+    assert cold.adapter_wait_s == 0.0
+    assert cold.adapter_wait_began_s is None, "its turn came before its adapter"
+
+
+def test_no_look_ahead_drives_out_what_is_needed_sooner() -> None:
+    gate = OneLoadAtATime(room=2)
+    gate.resident |= {"0": 0, "1": 0}
+    scheduler = scheduler_of(gate, running=1)
+    for adapter in (0, 1, 2):
+        scheduler.add(sequence_of((adapter, 9), 20, adapter))
+    for _ in range(5):
+        run_step(scheduler)
+        assert (set(gate.resident), gate.loading) == ({"0", "1"}, None)
+
+
+def test_no_look_ahead_takes_the_room_that_another_waits_for() -> None:
+    """The large one waits until the running ones have made room; a small one behind it would fit at once."""
+    gate = OneLoadAtATime(room=3, sizes={"9": 2})
+    gate.resident |= {"0": 0, "1": 0}
+    scheduler = scheduler_of(gate, running=2)
+    for adapter in (0, 1):
+        scheduler.add(sequence_of((adapter, 9), 20, adapter))
+    run_step(scheduler)
+    for adapter in (9, 2):
+        scheduler.add(sequence_of((adapter, 9), 2, adapter))
+    scheduler.add(sequence_of((1, 9), 2))
+    for _ in range(3):
+        run_step(scheduler)
+        assert gate.loading is None
