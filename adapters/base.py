@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from adapters.bnb import Linear4bit
@@ -30,6 +30,7 @@ from adapters.quantize import NF4_SCHEME, progress_bars, quantized_folder
 from adapters.serving import ServingLinear
 from adapters.sources import Source, resolve_source
 from adapters.support import supported_config
+from adapters.text import generation_config, text_of
 from kernels.library import status as native_status
 from kernels.precision import MatmulPrecision, PrecisionChoice, automatic_precision, has_medium
 
@@ -40,8 +41,6 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 KernelChoice = Literal["auto", "native", "torch"]
 
 log = logging.getLogger(__name__)
-
-_NO_LIMIT = 1_000_000_000  # tokenizers without a limit say 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,10 +288,7 @@ def _replace_conv1d(model: Any) -> None:
 def _complete(model: Any, folder: Path) -> None:
     """Gives a model what its source says of it, wherever its weights came from."""
     model.name_or_path = model.config._name_or_path = str(folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    else:
-        model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.generation_config = generation_config(folder, model.config)
 
 
 def _describe(
@@ -305,10 +301,10 @@ def _describe(
     storage_dtype: torch.dtype,
     precision: MatmulPrecision | None,
 ) -> Base:
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    text = text_of(source.folder, model.config, model.generation_config)
     return Base(
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=text.tokenizer,
         name=source.name,
         folder=source.folder,
         fingerprint=fingerprint,
@@ -320,9 +316,9 @@ def _describe(
         matmul_precision=precision,
         layout=layout_of(model, fingerprint),
         weight_bytes=sum(_tensor_bytes(model)),
-        chat_template=_default_template(tokenizer),
-        eos_token_ids=_eos_token_ids(model, tokenizer),
-        max_context_tokens=_max_context_tokens(model.config, tokenizer),
+        chat_template=text.chat_template,
+        eos_token_ids=text.eos_token_ids,
+        max_context_tokens=text.max_context_tokens,
         vocab_size=model.get_output_embeddings().out_features,
     )
 
@@ -352,24 +348,3 @@ def _tensor_bytes(model: nn.Module) -> Iterator[int]:
 def _scale_bytes(state: Any) -> int:
     nested = state.state2.absmax.nbytes + state.state2.code.nbytes if state.nested else 0
     return int(state.absmax.nbytes + nested)
-
-
-def _default_template(tokenizer: Any) -> str | None:
-    template = tokenizer.chat_template
-    return template.get("default") if isinstance(template, dict) else template
-
-
-def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    configured = model.generation_config.eos_token_id
-    ids = [configured] if isinstance(configured, int) else list(configured or ())
-    return frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)
-
-
-def _max_context_tokens(config: Any, tokenizer: Any) -> int:
-    positions = getattr(config, "max_position_embeddings", None)
-    limit = tokenizer.model_max_length if positions is None else positions
-    if limit > _NO_LIMIT:
-        raise UnsupportedBaseError(
-            f"{config.model_type} states no context length; add max_position_embeddings to its config.json"
-        )
-    return int(limit)

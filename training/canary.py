@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adapters.base import Base
 from adapters.canary import MAX_NOISE, Canary, Probe, Step
-from training.data import Example
+from training.encoding import Example
 from training.qlora import products_in
 
 log = logging.getLogger(__name__)
@@ -34,16 +34,17 @@ BFLOAT16_NOISE: Final = 0.4
 def probe_prompts(
     examples: Sequence[Example], count: int, *, max_context_tokens: int
 ) -> list[tuple[int, ...]]:
-    """Beginnings of examples from all over the data: what precedes the answer, or half of a plain text."""
+    """Beginnings of examples from all over the data: what precedes the answer, or half if all is learned."""
     limit = min(MAX_PROMPT_TOKENS, max_context_tokens - ANSWER_TOKENS - 1)
     if limit < 1:
         return []
     count = min(count, len(examples))
     chosen = [examples[index * len(examples) // count] for index in range(count)]
-    return [
-        example.token_ids[: min(example.learned_from or max(1, len(example.token_ids) // 2), limit)]
-        for example in chosen
-    ]
+    return [example.token_ids[: min(_beginning(example), limit)] for example in chosen]
+
+
+def _beginning(example: Example) -> int:
+    return example.learned_from if example.learned_from > 1 else max(1, len(example.token_ids) // 2)
 
 
 def record_canary(model: PeftModel, base: Base, prompts: Sequence[tuple[int, ...]]) -> Canary | None:

@@ -11,13 +11,15 @@ from typing import Any, Final
 
 import torch
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils.generic import is_flash_attention_requested
 
 from adapters.base import Base
+from training.batches import Collator, PackCollator, PackTrainer, Sequences
 from training.curve import EvalPoint, LossPoint
-from training.data import Collator, Examples, TrainingData
+from training.data import TrainingData
 from training.errors import StoppedError
 from training.keeping import BestKeeper, CheckpointKeeper
 from training.noise import noisy_embeddings
@@ -90,7 +92,7 @@ def fit(
     if recipe.early_stopping is not None:
         best = BestKeeper(recipe.early_stopping, run.checkpoint)
     order = LengthBuckets(
-        [len(example.token_ids) for example in data.train],
+        [sum(len(example.token_ids) for example in pack) for pack in data.sequences],
         rows_per_step=recipe.batch_size * recipe.gradient_accumulation,
         seed=recipe.seed,
     )
@@ -98,9 +100,9 @@ def fit(
         trainer = _OrderedTrainer(
             model=model,
             args=_arguments(recipe, base, data, run.folder),
-            train_dataset=Examples(data.train),
-            eval_dataset=Examples(data.held_out) if data.held_out else None,
-            data_collator=Collator(_pad_id(base), answers_only=takes_logits_to_keep(base.model)),
+            train_dataset=Sequences(data.sequences),
+            eval_dataset=Sequences(data.held_out) if data.held_out else None,
+            data_collator=_collator(base, recipe),
             callbacks=[
                 EpochCounter(order, _steps_per_epoch(recipe, data)), Recorder(progress), *trackers,
                 *([] if best is None else [best]), keeper,
@@ -127,7 +129,7 @@ def fit(
     )
 
 
-class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
+class _OrderedTrainer(PackTrainer):
     """Learns rows in the order given: a Trainer's own depends on what the process drew before."""
 
     order: LengthBuckets
@@ -146,7 +148,7 @@ def _tracked(recipe: Recipe, run: UnfinishedRun) -> Iterator[list[TrainerCallbac
         yield [TensorBoardCallback(writer)]
 
 
-def _check_not_stopped(trainer: Trainer, stop: threading.Event, best: BestKeeper | None) -> None:
+def _check_not_stopped(trainer: PackTrainer, stop: threading.Event, best: BestKeeper | None) -> None:
     state = trainer.state
     if stop.is_set() and state.global_step < state.max_steps and not (best and best.stopped_early):
         raise StoppedError(
@@ -192,7 +194,15 @@ def _arguments(recipe: Recipe, base: Base, data: TrainingData, folder: Path) -> 
 
 
 def _steps_per_epoch(recipe: Recipe, data: TrainingData) -> int:
-    return math.ceil(math.ceil(len(data.train) / recipe.batch_size) / recipe.gradient_accumulation)
+    return math.ceil(math.ceil(len(data.sequences) / recipe.batch_size) / recipe.gradient_accumulation)
+
+
+def _collator(base: Base, recipe: Recipe) -> Collator | PackCollator:
+    answers_only = takes_logits_to_keep(base.model)
+    if not recipe.packing:
+        return Collator(_pad_id(base), answers_only=answers_only)
+    flat = is_flash_attention_requested(base.model.config)
+    return PackCollator(_pad_id(base), answers_only=answers_only, flat=flat)
 
 
 def _pad_id(base: Base) -> int:

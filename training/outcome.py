@@ -83,12 +83,11 @@ def _save_artefacts(folder: Path, base: Base, data: TrainingData, recipe: Recipe
         "format": 1,
         "recipe": recipe.to_mapping(),
         "base": {"name": base.name, "fingerprint": base.fingerprint, "quantization": base.quantization},
-        "data": asdict(data.report) | {"sha256": data.sha256},
+        "data": asdict(data.report) | {"sha256": data.sha256, "eval_sha256": data.eval_sha256},
         "fit": asdict(fit) | {"tokens_per_s": fit.tokens_per_s, "final_loss": fit.final_loss},
         "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
     }
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
-    title = (
-        f"{recipe.out.name}: {recipe.method} r={recipe.rank}, {data.report.examples} rows, {fit.steps} steps"
-    )
+    learned = f"{data.report.train.rows} rows, {fit.steps} steps"
+    title = f"{recipe.out.name}: {recipe.method} r={recipe.rank}, {learned}"
     draw_loss_curve(fit.losses, fit.evals, folder / CURVE_FILE, title=title)

@@ -20,6 +20,8 @@ Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"]
 Products = Literal["auto", "bfloat16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
+LossOn = Literal["completions", "all"]
+TooLong = Literal["cut", "drop", "fail"]
 
 ALL_LINEAR: Final = "all-linear"
 _CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -28,6 +30,8 @@ _CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "optimizer": get_args(Optimizer),
     "products": get_args(Products),
     "device": get_args(Device),
+    "loss_on": get_args(LossOn),
+    "on_too_long": get_args(TooLong),
 }
 # Kind of number, lowest and highest value that make sense, both allowed.
 _RANGES: Final[Mapping[str, tuple[type, float, float]]] = {
@@ -54,6 +58,8 @@ _RANGES: Final[Mapping[str, tuple[type, float, float]]] = {
 _MAY_BE_OPEN: Final = ("alpha", "max_steps", "early_stopping")
 _PATHS: Final = ("data", "out")
 _LISTS: Final = ("target_modules", "trackers")
+_OPEN_PATHS: Final = ("eval_data",)
+_SWITCHES: Final = ("gradient_checkpointing", "packing")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +67,7 @@ class Recipe:
     """One training run.
 
     Attributes:
-        data: JSON lines; training/data.py says which rows.
+        data: JSON lines, CSV or Parquet; training/rows.py says which rows.
         out: the adapter's folder; must not exist. Metrics and the loss curve appear beside it: OUT.training.
         base: a model folder, a GGUF file, a hub id, or smollm2.
         method: "qlora" trains on the NF4 base that `quickchange serve` keeps resident; "rslora" does too, but
@@ -79,12 +85,16 @@ class Recipe:
         batch_size: rows in one forward pass.
         gradient_accumulation: forward passes of one optimizer step; the rows of a step are the product.
         gradient_checkpointing: computes activations twice in order to keep fewer; slower, smaller.
-        max_length: tokens of a row; longer rows are cut and counted.
+        max_length: tokens of a sequence.
+        on_too_long: rows that are longer are cut, dropped or an error.
+        packing: puts several rows into one sequence of at most max_length tokens; none sees another.
+        loss_on: "completions" learns answers alone, "all" questions too.
         weight_decay: of the adapter's weights.
         max_gradient_norm: longer gradients are shortened to this.
         optimizer: "auto" is paged_adamw_8bit on CUDA and adamw on a CPU.
         products: type of the frozen layers' matrix products; "auto" takes the faster one on a CPU.
         eval_fraction: part of the rows that is held out, and whose loss is measured in between.
+        eval_data: a file of rows for that, in place of a part of `data`.
         evals_per_epoch: how often it is.
         early_stopping: ends the run after so many evaluations without a lower held-out loss, and keeps the
             weights that had the lowest; None runs to the end and keeps the last.
@@ -120,11 +130,15 @@ class Recipe:
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
     max_length: int = 1024
+    on_too_long: TooLong = "cut"
+    packing: bool = False
+    loss_on: LossOn = "completions"
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
     optimizer: Optimizer = "auto"
     products: Products = "auto"
     eval_fraction: float = 0.0
+    eval_data: Path | None = None
     evals_per_epoch: int = 1
     early_stopping: int | None = None
     neftune_alpha: float = 0.0
@@ -141,10 +155,18 @@ class Recipe:
             _check_choice(field, getattr(self, field), choices)
         for field, (kind, low, high) in _RANGES.items():
             _check_number(field, getattr(self, field), kind, low, high)
+        for field in _SWITCHES:
+            _check_switch(field, getattr(self, field))
         _check_targets(self.target_modules)
         _check_trackers(self.trackers)
-        if self.early_stopping is not None and self.eval_fraction == 0:
-            raise RecipeError("early_stopping needs held-out rows; set eval_fraction")
+        if self.eval_data is not None and self.eval_fraction > 0:
+            raise RecipeError("eval_data and eval_fraction are both given; give the one or the other")
+        if self.early_stopping is not None and self.eval_data is None and self.eval_fraction == 0:
+            raise RecipeError("early_stopping needs held-out rows; set eval_fraction or eval_data")
+        if self.packing and self.neftune_alpha > 0:
+            raise RecipeError(
+                "neftune_alpha depends on the length of a row, which packing hides; give the one or the other"
+            )
         if self.publish is not None and not self.name:
             raise RecipeError(f"publish is {self.publish}, but no name is given; say what to call it there")
 
@@ -182,8 +204,7 @@ class Recipe:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, as a recipe file would hold them."""
-        values = dataclasses.asdict(self) | {name: str(getattr(self, name)) for name in _PATHS}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:
@@ -204,8 +225,14 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
     return values
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _converted(name: str, value: Any) -> Any:
-    if name in _PATHS:
+    if name in _PATHS or (name in _OPEN_PATHS and value is not None):
         return Path(value).expanduser()
     if name in _LISTS and isinstance(value, list):  # YAML and flags know no tuples
         return tuple(value)
@@ -228,6 +255,11 @@ def _check_trackers(value: object) -> None:
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise RecipeError(f"{name} is {value!r}, must be one of {', '.join(choices)}")
+
+
+def _check_switch(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise RecipeError(f"{name} is {value!r}, must be true or false")
 
 
 def _check_number(name: str, value: object, kind: type, low: float, high: float) -> None:

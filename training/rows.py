@@ -1,27 +1,29 @@
-"""Owns the form of training data on disk: one JSON object a line, in one of four forms. Knows no tokens.
+"""Owns the forms of a row of training data, whatever file it comes from. Knows no tokens.
 
 {"prompt": …, "completion": …}                          one question and its answer
 {"instruction": …, "input": … (optional), "output": …}  the same, the input below the instruction
-{"messages": [{"role": …, "content": …}, …]}            a chat; every answer in it is learned
+{"messages": [{"role": …, "content": …}, …]}            a chat, as a list or as JSON text
 {"text": …}                                             plain text; all of it is learned
 
-Other members of an object, such as ids, are left alone.
+Other members of a row, such as ids, are left alone.
 """
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from training.errors import DataError
+from training.readers import Place, Record, Records, open_records
 
 ROLES: Final = ("system", "user", "assistant")
 
 _SHOWN_PROBLEMS = 3
 _FORMS: Final = (("prompt", "completion"), ("instruction", "output"), ("messages",), ("text",))
 _FORMS_TEXT: Final = "prompt + completion, instruction + output, messages, or text"
+_COLUMNS: Final = frozenset({"input"}.union(*_FORMS))
 
 Message = Mapping[str, str]
 """{"role": "system" | "user" | "assistant", "content": "…"}"""
@@ -32,12 +34,12 @@ class Row:
     """One row as it was meant.
 
     Attributes:
-        line: where it stands in its file, from 1.
+        place: where it stands in its file.
         messages: a chat that ends with an answer; empty for plain text.
         text: plain text; empty for a chat.
     """
 
-    line: int
+    place: Place
     messages: tuple[Message, ...] = ()
     text: str = ""
 
@@ -46,91 +48,95 @@ class Row:
         """What two rows have in common if one of them gives the other away."""
         return self.text or json.dumps(self.messages[:-1], sort_keys=True)
 
+    @property
+    def answer(self) -> str:
+        """What the question leads to; empty for plain text."""
+        return self.messages[-1]["content"] if self.messages else ""
+
 
 def read_rows(path: Path) -> list[Row]:
-    """Every row of a JSON-lines file; blank lines do not count.
+    """Every row of a file; blank lines do not count.
 
     Raises:
-        DataError: it cannot be read, holds no row, or holds malformed ones, which are named by line.
+        DataError: it cannot be read, holds no row, or holds malformed ones, which are named by their place.
     """
-    if path.suffix == ".parquet":
-        raise DataError(
-            f"{path} is Parquet; only JSON lines are read: "
-            "pandas.read_parquet(…).to_json(…, orient='records', lines=True) converts it"
-        )
+    source = open_records(path, _COLUMNS)
+    _check_columns(path, source)
     rows: list[Row] = []
     problems: list[str] = []
-    for number, line in _lines(path):
+    for record in source.records:
         try:
-            rows.append(parse_row(number, line))
+            rows.append(row_of(record))
         except DataError as error:
             problems.append(str(error))
     if problems:
-        raise DataError(f"{path} {_summary(problems)}")
+        raise DataError(f"{path} {shortened(problems)}")
     if not rows:
-        raise DataError(f"{path} holds no rows; give one JSON object a line")
+        raise DataError(f"{path} holds no rows; give {_FORMS_TEXT}")
     return rows
 
 
-def parse_row(number: int, line: str) -> Row:
-    """One line; errors name it by its number."""
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"line {number} is not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise DataError(f"line {number} is no JSON object; write {{…}} with {_FORMS_TEXT}")
+def row_of(record: Record) -> Row:
+    """A record as one of the forms; errors name its place."""
+    place, values = record.place, record.values
+    if isinstance(values, DataError):
+        raise values
     forms = [form for form in _FORMS if all(name in values for name in form)]
     if len(forms) != 1:
         has = "mixes forms" if forms else f"has only {', '.join(values) or 'nothing'}"
-        raise DataError(f"line {number} {has}; give {_FORMS_TEXT}")
-    return _FORM_READERS[forms[0]](number, values)
+        raise DataError(f"{place} {has}; give {_FORMS_TEXT}")
+    return _FORM_READERS[forms[0]](place, values)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
-
-
-def _summary(problems: Sequence[str]) -> str:
+def shortened(problems: Sequence[str]) -> str:
+    """The first few of many problems, and how many more there are."""
     rest = len(problems) - _SHOWN_PROBLEMS
-    return "; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {rest} more lines" if rest > 0 else "")
+    return "; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {rest} more" if rest > 0 else "")
 
 
-def _from_prompt(number: int, values: Mapping[str, Any]) -> Row:
-    prompt = _string(number, values, "prompt")
-    return _chat(number, turn("user", prompt), _string(number, values, "completion"))
+def _check_columns(path: Path, source: Records) -> None:
+    columns = source.columns
+    if columns is not None and not any(set(form) <= set(columns) for form in _FORMS):
+        raise DataError(f"{path} has the columns {', '.join(map(repr, columns))}; give {_FORMS_TEXT}")
 
 
-def _from_instruction(number: int, values: Mapping[str, Any]) -> Row:
-    instruction = _string(number, values, "instruction")
-    details = _string(number, values, "input", may_be_empty=True) if "input" in values else ""
+def _from_prompt(place: Place, values: Mapping[str, Any]) -> Row:
+    prompt = _string(place, values, "prompt")
+    return _chat(place, turn("user", prompt), _string(place, values, "completion"))
+
+
+def _from_instruction(place: Place, values: Mapping[str, Any]) -> Row:
+    instruction = _string(place, values, "instruction")
+    has_details = values.get("input") is not None
+    details = _string(place, values, "input", may_be_empty=True) if has_details else ""
     question = f"{instruction}\n\n{details}" if details else instruction
-    return _chat(number, turn("user", question), _string(number, values, "output"))
+    return _chat(place, turn("user", question), _string(place, values, "output"))
 
 
-def _from_messages(number: int, values: Mapping[str, Any]) -> Row:
+def _from_messages(place: Place, values: Mapping[str, Any]) -> Row:
     messages = values["messages"]
+    if isinstance(messages, str):
+        messages = _parsed(place, messages)
     if not isinstance(messages, list) or len(messages) < 2:
-        raise DataError(f"line {number}: messages must be a list of at least two")
-    turns = tuple(_checked_message(number, index, message) for index, message in enumerate(messages))
+        raise DataError(f"{place}: messages must be a list of at least two")
+    turns = tuple(_checked_message(place, index, message) for index, message in enumerate(messages))
     if turns[0]["role"] == "assistant" or turns[-1]["role"] != "assistant":
-        raise DataError(f"line {number}: messages must begin with a question and end with role 'assistant'")
-    return Row(number, messages=turns)
+        raise DataError(f"{place}: messages must begin with a question and end with role 'assistant'")
+    return Row(place, messages=turns)
 
 
-def _from_text(number: int, values: Mapping[str, Any]) -> Row:
-    return Row(number, text=_string(number, values, "text"))
+def _parsed(place: Place, messages: str) -> Any:
+    try:
+        return json.loads(messages)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: messages is not JSON ({error})") from None
 
 
-_FORM_READERS: Final[Mapping[tuple[str, ...], Callable[[int, Mapping[str, Any]], Row]]] = {
+def _from_text(place: Place, values: Mapping[str, Any]) -> Row:
+    return Row(place, text=_string(place, values, "text"))
+
+
+_FORM_READERS: Final[Mapping[tuple[str, ...], Callable[[Place, Mapping[str, Any]], Row]]] = {
     ("prompt", "completion"): _from_prompt,
     ("instruction", "output"): _from_instruction,
     ("messages",): _from_messages,
@@ -138,8 +144,8 @@ _FORM_READERS: Final[Mapping[tuple[str, ...], Callable[[int, Mapping[str, Any]],
 }
 
 
-def _checked_message(number: int, index: int, message: Any) -> Message:
-    where = f"line {number}: messages[{index}]"
+def _checked_message(place: Place, index: int, message: Any) -> Message:
+    where = f"{place}: messages[{index}]"
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         raise DataError(f"{where} must be an object with role and content")
     role, content = message["role"], message["content"]
@@ -147,16 +153,27 @@ def _checked_message(number: int, index: int, message: Any) -> Message:
         raise DataError(f"{where}.role is {role!r}, must be one of {', '.join(ROLES)}")
     if not isinstance(content, str) or (role == "assistant" and not content):
         raise DataError(f"{where}.content must be text{', and not empty' if content == '' else ''}")
+    _check_characters(f"{where}.content", content)
     return turn(role, content)
 
 
-def _string(number: int, values: Mapping[str, Any], name: str, *, may_be_empty: bool = False) -> str:
+def _string(place: Place, values: Mapping[str, Any], name: str, *, may_be_empty: bool = False) -> str:
     value = values[name]
     if not isinstance(value, str):
-        raise DataError(f"line {number}: {name} is {type(value).__name__}, must be text")
+        raise DataError(f"{place}: {name} is {type(value).__name__}, must be text")
     if not value and not may_be_empty:
-        raise DataError(f"line {number}: {name} is empty")
+        raise DataError(f"{place}: {name} is empty")
+    _check_characters(f"{place}: {name}", value)
     return value
+
+
+def _check_characters(where: str, text: str) -> None:
+    """JSON can write half of a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"half of a character (\\u{ord(text[error.start]):04x})"
+        raise DataError(f"{where} holds {half}; write the whole surrogate pair") from None
 
 
 def turn(role: str, content: str) -> Message:
@@ -164,8 +181,8 @@ def turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _chat(number: int, question: Message, answer: str) -> Row:
-    return Row(number, messages=(question, turn("assistant", answer)))
+def _chat(place: Place, question: Message, answer: str) -> Row:
+    return Row(place, messages=(question, turn("assistant", answer)))
 
 
 def split(rows: Sequence[Row], held_out_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -7,6 +7,7 @@ OUT.training   how it came about: training.json, loss.png, TensorBoard's event f
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +17,10 @@ from transformers import set_seed
 
 from adapters.base import Base, load_base
 from adapters.facts import AdapterFacts
-from training.data import DataReport, RowEncoder, TrainingData, prepare
+from adapters.text import BaseText, load_text
+from training.data import TrainingData, prepare
+from training.data_report import DataReport
+from training.encoding import RowEncoder
 from training.errors import RecipeError
 from training.fitting import Fit, fit
 from training.outcome import write_outcome
@@ -56,6 +60,7 @@ def train(
     start: Start = "new",
     stop: threading.Event | None = None,
     progress: bool = True,
+    on_data: Callable[[DataReport], None] = lambda _: None,
 ) -> TrainingResult:
     """Trains an adapter and writes it to recipe.out.
 
@@ -66,6 +71,7 @@ def train(
             on from it, exactly as if it had never stopped, "restart" removes it. Without one all three begin.
         stop: ends the run after its step, with a checkpoint, once it is set.
         progress: whether there is a bar with the loss on standard error.
+        on_data: is told of the data before the first step.
 
     Raises:
         TrainingError: recipe or data are wrong, the loss is no number, the run was stopped, or the server
@@ -73,24 +79,29 @@ def train(
         BaseModelError: the base cannot be loaded.
         FileExistsError: recipe.out exists.
     """
-    if recipe.out.exists():
-        raise FileExistsError(f"{recipe.out} exists already; remove it or choose another --out")
+    _check_out(recipe)
     check_trackers(recipe.trackers)
     with UnfinishedRun(recipe.out, start) as run:
-        result = _run(recipe, base or _load(recipe, progress), run, stop or threading.Event(), progress)
+        base = base or _load(recipe, progress)
+        result = _run(recipe, base, run, stop or threading.Event(), progress, on_data)
         run.finished()
     return replace(result, published=_publish(recipe, progress))
 
 
 def _run(
-    recipe: Recipe, base: Base, run: UnfinishedRun, stop: threading.Event, progress: bool
+    recipe: Recipe,
+    base: Base,
+    run: UnfinishedRun,
+    stop: threading.Event,
+    progress: bool,
+    on_data: Callable[[DataReport], None],
 ) -> TrainingResult:
     """Everything but the upload."""
     _check_fits(base, recipe)
     if recipe.publish is not None:
         check_server(recipe.publish, base.fingerprint)
-    encoder = RowEncoder(base.tokenizer, base.chat_template, base.eos_token_ids, _max_length(base, recipe))
-    data = prepare(recipe.data, encoder, held_out_fraction=recipe.eval_fraction, seed=recipe.seed)
+    data = prepare(recipe, _encoder(recipe, base))
+    on_data(data.report)
     products = _products(recipe, base, run)
     run.identify(_identity(recipe, base, data, products))
     set_seed(recipe.seed)
@@ -112,8 +123,26 @@ def _identity(recipe: Recipe, base: Base, data: TrainingData, products: torch.dt
     return settings | {
         "base": base.fingerprint,
         "data": data.sha256,
+        "eval_data": data.eval_sha256,
         "products": str(products).removeprefix("torch."),
     }
+
+
+def examine(recipe: Recipe, progress: bool = True) -> DataReport:
+    """What training would say of its data before the first step; no weights are loaded, nothing is written.
+
+    Raises:
+        TrainingError: recipe or data are wrong.
+        BaseModelError: the base cannot be read.
+        FileExistsError: recipe.out exists.
+    """
+    _check_out(recipe)
+    return prepare(recipe, _encoder(recipe, load_text(recipe.base, progress=progress))).report
+
+
+def _check_out(recipe: Recipe) -> None:
+    if recipe.out.exists():
+        raise FileExistsError(f"{recipe.out} exists already; remove it or choose another --out")
 
 
 def _load(recipe: Recipe, progress: bool) -> Base:
@@ -134,8 +163,15 @@ def _check_fits(base: Base, recipe: Recipe) -> None:
         )
 
 
-def _max_length(base: Base, recipe: Recipe) -> int:
-    return min(recipe.max_length, base.max_context_tokens)
+def _encoder(recipe: Recipe, text: Base | BaseText) -> RowEncoder:
+    return RowEncoder(
+        text.tokenizer,
+        text.chat_template,
+        text.eos_token_ids,
+        min(recipe.max_length, text.max_context_tokens),
+        loss_on=recipe.loss_on,
+        on_too_long=recipe.on_too_long,
+    )
 
 
 def _publish(recipe: Recipe, progress: bool) -> str | None:

@@ -1,9 +1,10 @@
 """`quickchange train`: a recipe from the command line, then the run. Imports torch only to run."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from quickchange.commands.failure import MISUSED, STOPPED, CommandError, needs_extra
 from quickchange.commands.interruptible import stop_on_signals
@@ -12,6 +13,7 @@ from quickchange.commands.output import print_json
 
 if TYPE_CHECKING:
     from quickchange.commands.options import Subparsers
+    from training.data_report import DataReport
     from training.recipe import Recipe
     from training.unfinished import Start
 
@@ -20,6 +22,7 @@ _EXAMPLES = """\
   quickchange train --base ./model --data rows.jsonl --out ./lora --rank 8 --epochs 1 --eval-fraction 0.1
   quickchange train --config recipe.yaml --out ./lora --resume
   quickchange train --config recipe.yaml --out ./lora --publish 127.0.0.1:50051 --name sql
+  quickchange train --data rows.csv --eval-data held_out.csv --out ./lora --dry-run
 
 a row of data is {"prompt", "completion"}, {"messages": […]}, {"instruction", "input", "output"} or {"text"};
 whatever is left out is the file's, else the default"""
@@ -44,7 +47,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 _FLAGS = (
-    _Flag("data", Path, "FILE", "rows to learn from, as JSON lines"),
+    _Flag("data", Path, "FILE", "rows to learn from: JSON lines, CSV or Parquet"),
     _Flag("out", Path, "DIR", "the adapter's folder; must not exist"),
     _Flag("base", str, "SOURCE", "folder, GGUF file, hub id, or smollm2 (smollm2)"),
     _Flag(
@@ -64,12 +67,15 @@ _FLAGS = (
     _Flag("warmup_ratio", float, "P", "part of the steps in which the rate rises (0.05)"),
     _Flag("batch_size", int, "N", "rows in one forward pass (8)"),
     _Flag("gradient_accumulation", int, "N", "forward passes of one step (1)"),
-    _Flag("max_length", int, "N", "tokens of a row; longer ones are cut (1024)"),
+    _Flag("max_length", int, "N", "tokens of a row, or of several with --packing (1024)"),
+    _Flag("on_too_long", str, "WHAT", "to do with longer rows: cut, drop or fail (cut)"),
+    _Flag("loss_on", str, "WHAT", "is learned: completions, or all (completions)"),
     _Flag("weight_decay", float, "X", "of the adapter's weights (0)"),
     _Flag("max_gradient_norm", float, "X", "longer gradients are shortened (1)"),
     _Flag("optimizer", str, "NAME", "auto, adamw, adamw_8bit or paged_adamw_8bit (auto)"),
     _Flag("products", str, "TYPE", "of the frozen layers: auto, bfloat16 or float32 (auto)"),
     _Flag("eval_fraction", float, "P", "part of the rows that is held out (0)"),
+    _Flag("eval_data", Path, "FILE", "rows to hold out, in place of a part of the data"),
     _Flag("evals_per_epoch", int, "N", "how often their loss is measured (1)"),
     _Flag("early_stopping", int, "N", "end after N evaluations without a lower held-out loss; keep the best"),
     _Flag("neftune_alpha", float, "X", "noise on embedded tokens (0)"),
@@ -101,6 +107,15 @@ def add_parser(subparsers: "Subparsers") -> None:
         "--resume", action="store_true", help="go on from the checkpoint of a run that stopped"
     )
     start.add_argument("--restart", action="store_true", help="begin anew, whatever checkpoint there is")
+    parser.add_argument(
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="put several rows into one sequence of --max-length tokens (no)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what there is to learn, load no weights, write nothing"
+    )
     add_progress_option(parser)
     add_json_option(parser)
 
@@ -110,11 +125,16 @@ def run(args: argparse.Namespace) -> int:
         recipe = _recipe(args)  # before torch is there, so that a typo shows at once
         from adapters.errors import AdapterError, BaseModelError
         from training.errors import StoppedError, TrainingError
-        from training.train import train
+        from training.train import examine, train
     start: Start = "resume" if args.resume else "restart" if args.restart else "new"
+    progress = progress_of(args)
+    told = _show if progress and not args.json else _tell_nobody
     try:
+        if args.dry_run:
+            _print_report(examine(recipe, progress=progress), args)
+            return 0
         with stop_on_signals() as stop:
-            result = train(recipe, start=start, stop=stop, progress=progress_of(args))
+            result = train(recipe, start=start, stop=stop, progress=progress, on_data=told)
     except StoppedError as error:
         raise CommandError(str(error), STOPPED) from error
     except (TrainingError, AdapterError, BaseModelError) as error:
@@ -128,11 +148,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _show(report: "DataReport", file: TextIO | None = None) -> None:
+    from training.data_report import report_lines
+
+    for line in report_lines(report):
+        print(line, file=file or sys.stderr)
+
+
+def _tell_nobody(_: "DataReport") -> None:
+    """The report is in training.json."""
+
+
+def _print_report(report: "DataReport", args: argparse.Namespace) -> None:
+    if args.json:
+        print_json(report)
+    else:
+        _show(report, sys.stdout)
+
+
 def _recipe(args: argparse.Namespace) -> "Recipe":
     from training.errors import RecipeError
     from training.recipe import Recipe
 
-    names = [*(flag.name for flag in _FLAGS), "gradient_checkpointing"]
+    names = [*(flag.name for flag in _FLAGS), "gradient_checkpointing", "packing"]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
         if args.config is not None:

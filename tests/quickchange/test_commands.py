@@ -1,7 +1,9 @@
 """The commands that hand over to the server and to training: what they pass on, and how they fail."""
 
 import dataclasses
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from quickchange.cli import main
 from quickchange.commands import train
 from quickchange.commands.failure import CommandError, needs_extra
 from server.config import ServerSettings, all_settings
+from tests.models import build_tiny_model
 from training.curve import LossPoint
 from training.errors import DivergedError
 from training.recipe import Recipe
@@ -156,7 +159,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
 
 
 def test_every_setting_of_a_recipe_has_a_flag() -> None:
-    flags = {flag.name for flag in train._FLAGS} | {"gradient_checkpointing"}
+    flags = {flag.name for flag in train._FLAGS} | {"gradient_checkpointing", "packing"}
     assert flags == {field.name for field in dataclasses.fields(Recipe)}
 
 
@@ -209,6 +212,45 @@ def test_train_fails_in_one_line(
     err = capsys.readouterr().err
     assert words in err
     assert (err[:7], err.count("\n")) == ("error: ", 1)
+
+
+@pytest.fixture
+def real(tmp_path: Path, base_cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A command line that really trains: a tiny base and twelve rows, one of them too long."""
+    monkeypatch.setenv("QUICKCHANGE_CACHE", str(base_cache))
+    folder = build_tiny_model(tmp_path / "base")
+    rows = [*(f"say {n},{n * 7 % 10} ok" for n in range(11)), "say," + "x" * 60]
+    (tmp_path / "rows.csv").write_text("prompt,completion\n" + "".join(f"{row}\n" for row in rows))
+    files = ["--base", str(folder), "--data", str(tmp_path / "rows.csv"), "--out", str(tmp_path / "out")]
+    return ["train", *files, "--max-length", "40", "--max-steps", "1", "--packing", "--device", "cpu"]
+
+
+def test_a_dry_run_says_what_there_is_to_learn(
+    real: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*real, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("learned   12 rows, 12 examples, ")
+    assert lines[-1] == "cut       1 row (line 13), longer than max_length 40: their end is not learned"
+    assert main([*real, "--dry-run", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["rows"], report["train"]["cut"], report["packing"]) == (12, [13], True)
+    assert main([*real, "--dry-run", "--on-too-long", "fail"]) == 1
+    assert "rows.csv line 13: longer than max_length 40" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_says_the_same_to_whoever_watches(
+    real: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*real, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert main([*real, "--progress"]) == 0
+    assert told in capsys.readouterr().err
+    for more in (["--progress", "--json"], []):
+        shutil.rmtree(tmp_path / "out")
+        assert main([*real, *more]) == 0
+        assert "longer than max_length" not in capsys.readouterr().err
 
 
 # merge

@@ -11,7 +11,7 @@ from adapters.base import Base, load_base
 from adapters.bundle import read_bundle
 from tests.models import build_tiny_model
 from training.canary import ANSWER_TOKENS, MAX_PROMPT_TOKENS, probe_prompts
-from training.data import Example
+from training.encoding import Example
 from training.errors import RecipeError
 from training.recipe import Recipe
 from training.train import train
@@ -81,11 +81,11 @@ def test_a_run_may_go_without(base: Base, recipe: Recipe) -> None:
 
 
 def test_prompts_come_from_all_over_the_data_and_leave_room_for_an_answer() -> None:
-    examples = [Example(tuple(range(n + 2)), n) for n in range(1, 301)]
+    examples = [Example(tuple(range(n + 2)), ((n, n + 2),)) for n in range(1, 301)]
     prompts = probe_prompts(examples, 3, max_context_tokens=4096)
     assert [len(prompt) for prompt in prompts] == [1, 101, MAX_PROMPT_TOKENS]
     assert [len(prompt) for prompt in probe_prompts(examples, 3, max_context_tokens=30)] == [1, 17, 17]
     assert probe_prompts(examples, 0, max_context_tokens=4096) == []
     assert probe_prompts(examples, 3, max_context_tokens=8) == []
-    plain_text = [Example(tuple(range(11)), 0), Example((5,), 0)]
+    plain_text = [Example(tuple(range(11)), ((1, 11),)), Example((5, 6), ((1, 2),))]
     assert [len(prompt) for prompt in probe_prompts(plain_text, 9, max_context_tokens=4096)] == [5, 1]

@@ -37,7 +37,7 @@ def test_file_then_overrides(tmp_path: Path) -> None:
 
 
 def test_to_mapping_makes_the_same_recipe_again() -> None:
-    made = recipe(target_modules=("q_proj",), alpha=3.5, max_steps=7, publish="h:1", name="x")
+    made = recipe(target_modules=("q_proj",), alpha=3.5, max_steps=7, publish="h:1", name="x", eval_data=DATA)
     assert Recipe.from_mapping(made.to_mapping(), source="test") == made
 
 
@@ -52,6 +52,10 @@ def test_to_mapping_makes_the_same_recipe_again() -> None:
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"eval_fraction": 0.6}, "eval_fraction is 0.6"),
         ({"max_steps": 0}, "max_steps is 0"),
+        ({"eval_data": "e.jsonl", "eval_fraction": 0.1}, "eval_data and eval_fraction are both given"),
+        ({"packing": "no"}, "packing is 'no', must be true or false"),
+        ({"loss_on": "prompts"}, "loss_on is 'prompts', must be one of completions, all"),
+        ({"on_too_long": "split"}, "on_too_long is 'split', must be one of cut, drop, fail"),
         ({"target_modules": ()}, r"target_modules is \(\), must be all-linear or names"),
         ({"target_modules": "q_proj"}, "target_modules is 'q_proj', must be"),
         ({"publish": "127.0.0.1:1"}, "no name is given"),

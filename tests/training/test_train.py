@@ -1,6 +1,7 @@
 """Whole runs on a tiny model: right gradients, exact losses, adapters that the server's own checks pass."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,19 @@ from adapters.bundle import read_bundle
 from adapters.nf4 import fused_kernel_works
 from adapters.validate import validate_adapter
 from tests.models import build_tiny_model
-from training.data import Collator, Examples, RowEncoder, prepare
+from training.batches import Collator, Sequences
+from training.data import prepare
+from training.data_report import DataReport
+from training.encoding import Example, RowEncoder
 from training.errors import DataError, DivergedError, PublishError, RecipeError
 from training.outcome import artefacts_folder
+from training.packing import alone
 from training.qlora import attached, lora_config, products_dtype
+from training.readers import Place
 from training.recipe import Recipe
 from training.recorder import Recorder
-from training.train import TrainingResult, train
+from training.rows import Row, turn
+from training.train import TrainingResult, examine, train
 
 ROWS = [{"prompt": f"say {n}", "completion": f"{n * 7 % 10} ok"} for n in range(48)]
 
@@ -87,7 +94,8 @@ def test_report_and_curve_lie_beside_it(base: Base, data: Path) -> None:
     assert report["fit"]["steps"] == 3
     assert len(report["fit"]["losses"]) == 3
     assert report["base"]["fingerprint"] == base.fingerprint
-    assert report["data"]["held_out"] == 10
+    assert report["data"]["held_out"]["rows"] == 10
+    assert report["data"]["train"]["lengths"]
     assert Recipe.from_mapping(report["recipe"], source="report").rank == 4
     assert (result.artefacts / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -121,7 +129,7 @@ def test_the_warm_up_rises_and_the_cosine_falls(base: Base, data: Path) -> None:
 
 def test_tokens_are_counted_without_padding(base: Base, data: Path) -> None:
     result = run(base, data, epochs=2.0)
-    assert result.fit.tokens == 2 * result.data.tokens
+    assert result.fit.tokens == 2 * result.data.train.tokens
     assert result.fit.steps == 2 * len(ROWS) // 8
 
 
@@ -143,7 +151,7 @@ def test_other_methods(method: str, folder: Path, base_cache: Path, data: Path) 
 @pytest.fixture
 def batch(base: Base, data: Path) -> dict[str, Any]:
     encoder = RowEncoder(base.tokenizer, base.chat_template, base.eos_token_ids, 512)
-    examples = Examples(prepare(data, encoder, held_out_fraction=0, seed=0).train)
+    examples = Sequences(prepare(recipe_for(data, data.with_name("unused")), encoder).sequences)
     collate = Collator(base.tokenizer.pad_token_id, answers_only=True)
     return dict(collate([examples[index] for index in (0, 9, 10, 47)]))  # of several lengths
 
@@ -243,6 +251,56 @@ def test_accumulation_is_the_large_batch(base: Base, data: Path) -> None:
         assert one.loss == pytest.approx(other.loss, rel=1e-3)
 
 
+def test_packed_rows_are_learned_as_unpacked_ones(base: Base, data: Path) -> None:
+    """All rows in one step either way: the same losses, before and after the weights have moved."""
+    plain = run(base, data, "plain", batch_size=len(ROWS), max_steps=3, warmup_ratio=0.0)
+    packed = run(
+        base, data, "packed", batch_size=64, packing=True, max_length=100, max_steps=3, warmup_ratio=0.0
+    )
+    losses = [point.loss for point in plain.fit.losses]
+    assert losses[-1] < losses[0]
+    assert [point.loss for point in packed.fit.losses] == pytest.approx(losses, rel=1e-3)
+    assert packed.data.train.sequences < len(ROWS) / 3
+    assert packed.fit.tokens == plain.fit.tokens == 3 * plain.data.train.tokens
+
+
+def test_packing_goes_with_accumulation_and_held_out_rows(base: Base, data: Path) -> None:
+    held_out = data.with_name("held_out.csv")
+    held_out.write_text("prompt,completion\n" + "".join(f"say {n},{n * 7 % 10} ok\n" for n in range(48, 60)))
+    settings = {"max_length": 100, "batch_size": 2, "gradient_accumulation": 2, "epochs": 4.0}
+    result = run(base, data, packing=True, eval_data=held_out, **settings)
+    assert result.fit.steps == 4 * -(-result.data.train.sequences // 4)
+    assert result.fit.tokens == 4 * result.data.train.tokens
+    assert result.fit.evals[-1].loss < result.fit.losses[0].loss
+    report = json.loads((result.artefacts / "training.json").read_text())
+    assert report["data"]["held_out"]["sequences"] == 2
+    assert report["data"]["eval_sha256"] != report["data"]["sha256"]
+
+
+def test_answers_in_one_sequence_weigh_as_much_as_apart(base: Base, data: Path) -> None:
+    """A chat of three answers in one pass, and each answer in a pass of its own: loss and gradients."""
+    template = base.chat_template.replace("<|end|>", base.tokenizer.eos_token)
+    encoder = RowEncoder(base.tokenizer, template, base.eos_token_ids, 512)
+    turns = [
+        turn(("user", "assistant")[n % 2], text) for n, text in enumerate(("a", "bb", "c", "d", "e", "ff"))
+    ]
+    (together,) = encoder.encode(Row(Place(1), messages=tuple(turns)))
+    apart = [encoder.encode(Row(Place(1), messages=tuple(turns[:end])))[0] for end in (2, 4, 6)]
+    apart = [Example(example.token_ids, example.spans[-1:]) for example in apart]
+    assert together.learned_tokens == sum(example.learned_tokens for example in apart)
+    collate = Collator(base.tokenizer.pad_token_id, answers_only=True)
+    with attached(base, recipe_for(data, data.with_name("unused")), torch.float32) as model:
+        randomize(model)
+        found, losses = [], []
+        for examples in ([together], apart):
+            sequences = Sequences(alone(examples))
+            batch = collate([sequences[index] for index in range(len(sequences))])
+            found.append(gradients(model.train(), batch))
+            losses.append(float(model(**batch).loss.detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4 * float(found[1].abs().max()))
+
+
 def test_checkpointing_computes_the_same(base: Base, data: Path) -> None:
     plain = run(base, data, "plain", max_steps=4)
     checkpointed = run(base, data, "checkpointed", max_steps=4, gradient_checkpointing=True)
@@ -294,6 +352,36 @@ def test_products_are_chosen_by_measurement_only_if_open() -> None:
     assert products_dtype(recipe, cpu) is torch.float32
     assert products_dtype(Recipe(data=Path("x"), out=Path("y")), cpu) in (torch.float32, torch.bfloat16)
     assert products_dtype(Recipe(data=Path("x"), out=Path("y")), torch.device("cuda")) is torch.bfloat16
+
+
+# Before the first step
+
+
+def test_the_data_is_told_of_before_the_first_step(base: Base, data: Path) -> None:
+    told: list[DataReport] = []
+
+    def stop(report: DataReport) -> None:
+        told.append(report)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe_for(data, data.with_name("out")), base, progress=False, on_data=stop)
+    assert not data.with_name("out").exists()
+    assert told[0] == run(base, data, max_steps=1).data
+
+
+def test_a_dry_run_reads_no_weights_and_says_the_same(base: Base, data: Path, tmp_path: Path) -> None:
+    """The base's folder without a byte of its weights."""
+    folder = tmp_path / "weightless"
+    shutil.copytree(base.folder, folder)
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(b"")
+    recipe = recipe_for(data, data.with_name("out"), base=str(folder), eval_fraction=0.2, max_length=20)
+    assert (
+        examine(recipe, progress=False) == run(base, data, eval_fraction=0.2, max_length=20, max_steps=1).data
+    )
+    with pytest.raises(FileExistsError, match="exists already"):
+        examine(recipe, progress=False)
 
 
 # What is refused
