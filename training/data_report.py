@@ -218,7 +218,8 @@ def _repetition_lines(report: DataReport) -> Iterator[str]:
         yield f"{'repeated':<9} {_rows(report.train, again.rows)}, each the same as an earlier one"
     if again.conflicts:
         first = _shown(report.train.unit, again.conflicts[0])
-        yield f"{'at odds':<9} {len(again.conflicts)} prompts with different answers; the first in {first}"
+        count = f"{len(again.conflicts)} {'prompt' if len(again.conflicts) == 1 else 'prompts'}"
+        yield f"{'at odds':<9} {count} with different answers; the first in {first}"
     if report.held_out is None or report.leakage is None:
         return
     learned = "held out, with a prompt that is learned"

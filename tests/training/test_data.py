@@ -61,7 +61,7 @@ def test_repetitions(tmp_path: Path) -> None:
     data = prepared(write(tmp_path / "rows.jsonl", *rows))
     assert data.report.duplicates == Duplicates(rows=(3, 6), prompts=(3, 4, 6), conflicts=((1, 3, 4),))
     assert "repeated  2 rows (lines 3, 6), each the same as an earlier one" in said(data)
-    assert "at odds   1 prompts with different answers; the first in lines 1, 3, 4" in said(data)
+    assert "at odds   1 prompt with different answers; the first in lines 1, 3, 4" in said(data)
 
 
 def test_a_file_of_its_own_is_held_out_and_searched_for_leaks(tmp_path: Path) -> None:
