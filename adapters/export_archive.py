@@ -5,14 +5,14 @@ import os
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 from adapters.blobs import disk_errors
 from adapters.errors import AdapterCorruptError, AdapterNotFoundError, InvalidAdapterError
-from adapters.facts import AdapterState, StoredFile
+from adapters.facts import StoredFile
 from adapters.files import open_regular
-from adapters.manifest import FACTS, MANIFEST, SEAL, ListedVersion, Manifest, facts_json
+from adapters.listing import damaged, manifest_of
+from adapters.manifest import FACTS, MANIFEST, SEAL, Manifest, facts_json
 from adapters.rows import Rows
 from adapters.store import AdapterStore
 from adapters.tar import TarWriter
@@ -52,7 +52,7 @@ def export_store(
     if not target.parent.is_dir():
         raise InvalidAdapterError(f"{target.parent} is no folder; make it first", reason="NO_FOLDER")
     with store.read_all() as rows, disk_errors():
-        manifest, left_out = _manifest(rows, names)
+        manifest, failed = manifest_of(rows, names)
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         draft = Path(name)
         try:
@@ -64,45 +64,8 @@ def export_store(
             os.link(draft, target)  # unlike a rename it never replaces what is there
         finally:
             draft.unlink()
+    left_out = tuple(version.reference for version in failed)
     return ExportReport(len(manifest.versions), len(manifest.contents), size_bytes, left_out)
-
-
-def _manifest(rows: Rows, names: Collection[str]) -> tuple[Manifest, tuple[str, ...]]:
-    chosen, left_out = [], []
-    for entry in rows.entries():
-        if names and entry.name not in names:
-            continue
-        if entry.state is not AdapterState.READY:
-            left_out.append(entry.reference)
-            continue
-        chosen.append(
-            ListedVersion(
-                entry.name,
-                entry.version,
-                entry.digest,
-                entry.pinned,
-                entry.aliases,
-                entry.labels,
-                entry.description,
-                entry.created_s,
-            )
-        )
-    known = rows.last_versions()
-    for name in names:
-        if name not in known:
-            raise AdapterNotFoundError(
-                f"there is no adapter {name!r}; list the adapters to see which there are"
-            )
-    contents = {version.digest: _members(rows, version.digest) for version in chosen}
-    last_versions = {name: last for name, last in known.items() if not names or name in names}
-    return Manifest(last_versions, tuple(chosen), contents), tuple(left_out)
-
-
-def _members(rows: Rows, digest: str) -> tuple[StoredFile, ...]:
-    content = rows.content(digest)
-    assert content is not None, "a version always has a content"
-    facts = facts_json(content.facts)
-    return (StoredFile(FACTS, len(facts), sha256(facts).hexdigest()), *content.files)
 
 
 def _write(store: AdapterStore, rows: Rows, manifest: Manifest, tar: TarWriter, report: Report) -> None:
@@ -130,13 +93,6 @@ def _add(store: AdapterStore, rows: Rows, tar: TarWriter, digest: str, member: S
         with open_regular(store.path_of(digest) / member.name) as file:
             copied = tar.add(name, member.size_bytes, file)
     except (AdapterCorruptError, AdapterNotFoundError, InvalidAdapterError) as error:
-        raise _damaged(store, digest, str(error)) from error
+        raise damaged(store, digest, str(error)) from error
     if copied != member.sha256:
-        raise _damaged(store, digest, f"{member.name} has SHA-256 {copied} instead of {member.sha256}")
-
-
-def _damaged(store: AdapterStore, digest: str, why: str) -> AdapterCorruptError:
-    store.mark_failed(digest, f"{why}; publish it again")
-    return AdapterCorruptError(
-        f"{digest} is damaged in the store: {why}; its versions are FAILED now, and left out next time"
-    )
+        raise damaged(store, digest, f"{member.name} has SHA-256 {copied} instead of {member.sha256}")

@@ -12,16 +12,16 @@ from pathlib import Path
 from adapters.adoption import Adopted
 from adapters.blobs import disk_errors
 from adapters.bundle import read_bundle
-from adapters.errors import AdapterCorruptError, AdapterNotFoundError
+from adapters.errors import AdapterCorruptError
 from adapters.facts import AdapterFacts, StoredFile
 from adapters.files import open_regular
+from adapters.listing import chosen_of
 from adapters.manifest import (
     FACTS,
     MANIFEST,
     MAX_FACTS_BYTES,
     MAX_MANIFEST_BYTES,
     SEAL,
-    ListedVersion,
     Manifest,
     parse_facts,
     parse_manifest,
@@ -70,7 +70,7 @@ def import_store(
             tar = TarReader(file)
             raw = _small(tar, MANIFEST, MAX_MANIFEST_BYTES)
             manifest = parse_manifest(raw)
-            versions = _chosen(manifest, names)
+            versions = chosen_of(manifest, names, "the archive")
             store.check_clashes(versions, renumber=renumber)
             wanted = store.missing({version.digest for version in versions})
             _read_contents(store, tar, manifest, wanted, staged, report)
@@ -86,15 +86,6 @@ def import_store(
     finally:
         for each in staged.values():
             store.discard(each.folder)
-
-
-def _chosen(manifest: Manifest, names: Collection[str]) -> list[ListedVersion]:
-    there = {version.name for version in manifest.versions}
-    for name in names:
-        if name not in there:
-            raise AdapterNotFoundError(f"the archive has no adapter {name!r}; it has {len(there)} others")
-    chosen = [version for version in manifest.versions if not names or version.name in names]
-    return sorted(chosen, key=lambda version: (version.name, version.version))
 
 
 def _read_contents(
