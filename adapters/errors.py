@@ -11,6 +11,8 @@ AdapterError
 ├── AdapterCorruptError      bytes on disk or on the wire are not what their checksum says
 ├── UploadOffsetError        a chunk is not where the upload stands
 ├── ChangesLostError         whoever follows a store is too far behind
+├── StoreUnreachableError    a store elsewhere does not answer, or not with what it should
+├── ReadOnlyStoreError       it is changed elsewhere
 └── CapacityError            no room (bytes, quota, disk)
 BaseModelError
 ├── BaseNotFoundError        the source is not there or cannot be read
@@ -111,6 +113,18 @@ class ChangesLostError(AdapterError):
     """Whoever follows the changes of a store fell so far behind that some are not known any more."""
 
     default_reason = "CHANGES_LOST"
+
+
+class StoreUnreachableError(AdapterError):
+    """A store at a URL cannot be read or written now."""
+
+    default_reason = "STORE_UNREACHABLE"
+
+
+class ReadOnlyStoreError(AdapterError):
+    """A change was asked of a copy, and copies follow the store that they are of."""
+
+    default_reason = "STORE_READ_ONLY"
 
 
 class CapacityError(AdapterError):

@@ -5,7 +5,7 @@ Neither happens to what a process still uses.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from adapters.blobs import BlobFolder, disk_errors
@@ -19,9 +19,16 @@ log = logging.getLogger(__name__)
 
 _MOVED = "; the damaged files were moved to "
 
+OnDamage = Callable[[Transaction, BlobFolder, QuarantineFolder, Content, str], object]
 
-def recover(catalogue: Catalogue, blobs: BlobFolder, quarantine: QuarantineFolder) -> None:
+
+def recover(
+    catalogue: Catalogue, blobs: BlobFolder, quarantine: QuarantineFolder, on_damage: OnDamage
+) -> None:
     """Looks at everything without holding anybody up; only what looks wrong is looked at again, and changed.
+
+    Args:
+        on_damage: `fail`, or what else becomes of a READY content whose files are not there or not whole.
 
     Raises:
         CapacityError: the disk refused.
@@ -33,7 +40,7 @@ def recover(catalogue: Catalogue, blobs: BlobFolder, quarantine: QuarantineFolde
                 for entry in quarantine.unfinished():
                     blobs.throw_away(entry)
                 for digest in suspects:
-                    _put_right(rows, blobs, quarantine, digest)
+                    _put_right(rows, blobs, quarantine, digest, on_damage)
     blobs.empty_trash()
 
 
@@ -99,14 +106,16 @@ def _is_damaged(holding: Holding, blobs: BlobFolder, is_quarantined: bool) -> bo
     return is_quarantined or blobs.has(holding.digest)
 
 
-def _put_right(rows: Transaction, blobs: BlobFolder, quarantine: QuarantineFolder, digest: str) -> None:
+def _put_right(
+    rows: Transaction, blobs: BlobFolder, quarantine: QuarantineFolder, digest: str, on_damage: OnDamage
+) -> None:
     content = rows.content(digest)
     if content is None or not rows.is_referenced(digest):
         remove_unused(rows, blobs, digest)
     elif content.state is AdapterState.FAILED:
         fail(rows, blobs, quarantine, content, content.error)
     elif fault := blobs.fault_of(digest, content.files):
-        fail(rows, blobs, quarantine, content, f"{fault}; publish it again")
+        on_damage(rows, blobs, quarantine, content, f"{fault}; publish it again")
 
 
 def _mark(rows: Transaction, content: Content, error: str) -> None:

@@ -44,6 +44,7 @@ from adapters.names import (
 from adapters.quarantine import QuarantineFolder
 from adapters.quota import StoreQuota
 from adapters.recovery import fail, recover, remove_unused
+from adapters.replica_mark import refuse_replica
 from adapters.retention import Collection, RetentionPolicy, outdated
 from adapters.retention import doomed as doomed_by
 from adapters.rows import Content, Rows
@@ -65,12 +66,15 @@ class AdapterStore(StoreReader):
         """Opens a store, or begins one, and puts right what a crash left.
 
         Attributes:
+            root: the folder.
             uploads: those that are not whole yet; their files may be published from where they are.
 
         Raises:
+            InvalidAdapterError: the folder holds copies of a store elsewhere.
             AdapterCorruptError: the catalogue cannot be read. A damaged adapter only becomes FAILED.
             CapacityError: the folder cannot be written.
         """
+        self._claim(root)
         with disk_errors():
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             blobs = BlobFolder(root)
@@ -78,7 +82,7 @@ class AdapterStore(StoreReader):
             self.uploads = UploadShelf(root)
             quarantine = QuarantineFolder(root)
             catalogue = Catalogue(root / "catalogue.sqlite3")
-            recover(catalogue, blobs, quarantine)
+            self._put_right(catalogue, blobs, quarantine)
         except BaseException:
             blobs.close()
             raise
@@ -285,7 +289,7 @@ class AdapterStore(StoreReader):
     def recover(self) -> None:
         """Marks what is damaged, and removes what ended processes left and what nobody uses any more."""
         self._blobs.sweep()
-        recover(self._catalogue, self._blobs, self._quarantine)
+        self._put_right(self._catalogue, self._blobs, self._quarantine)
 
     def adopt(
         self,
@@ -360,6 +364,15 @@ class AdapterStore(StoreReader):
             if not any(rows.with_digest(digest, name) for digest in known):
                 is_there = any(self._is_there(rows, digest) for digest in known)
                 self._check_quota(rows, name, size_bytes, others_bytes + (0 if is_there else size_bytes))
+
+    def check_changeable(self) -> None:
+        """Raises ReadOnlyStoreError where versions are not published, changed or deleted; here they are."""
+
+    def _claim(self, root: Path) -> None:
+        refuse_replica(root)
+
+    def _put_right(self, catalogue: Catalogue, blobs: BlobFolder, quarantine: QuarantineFolder) -> None:
+        recover(catalogue, blobs, quarantine, fail)
 
     def _is_there(self, rows: Rows, digest: str) -> bool:
         return rows.content(digest) is not None and self._blobs.has(digest)

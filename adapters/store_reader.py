@@ -33,7 +33,7 @@ class StoreReader:
     def __init__(
         self, root: Path, catalogue: Catalogue, blobs: BlobFolder, quarantine: QuarantineFolder
     ) -> None:
-        self._root, self._catalogue, self._blobs, self._quarantine = root, catalogue, blobs, quarantine
+        self.root, self._catalogue, self._blobs, self._quarantine = root, catalogue, blobs, quarantine
 
     def resolve(self, reference: str) -> AdapterRecord:
         """The version that a request for this reference gets now; "name" is the newest READY one.
@@ -158,7 +158,7 @@ class StoreReader:
     def free_bytes(self) -> int:
         """What the store's disk still takes."""
         with disk_errors():
-            return shutil.disk_usage(self._root).free
+            return shutil.disk_usage(self.root).free
 
     def total_bytes(self) -> int:
         """Bytes of published files, also of deleted versions until they are removed, and of damaged files."""

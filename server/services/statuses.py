@@ -46,6 +46,8 @@ TABLE: Final[Mapping[type[Exception], grpc.StatusCode]] = {
     adapter_errors.AdapterCorruptError: grpc.StatusCode.DATA_LOSS,
     adapter_errors.UploadOffsetError: grpc.StatusCode.OUT_OF_RANGE,
     adapter_errors.ChangesLostError: grpc.StatusCode.UNAVAILABLE,
+    adapter_errors.StoreUnreachableError: grpc.StatusCode.UNAVAILABLE,
+    adapter_errors.ReadOnlyStoreError: grpc.StatusCode.FAILED_PRECONDITION,
     adapter_errors.CapacityError: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 """A class that is not here has the status of its nearest base class; one without any is unexpected."""

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapters.layout import BaseLayout, ModuleShape
+from adapters.store import AdapterStore
+from adapters.validate import validate_adapter
 from tests.models import Architecture, build_tiny_model
 
 FINGERPRINT = "sha256:" + "ba5e" * 16
@@ -64,6 +66,15 @@ def make_adapter(
     adapted.save_pretrained(out_dir, save_embedding_layers=False)
     (out_dir / "README.md").unlink()  # PEFT's model card is no part of an adapter
     return out_dir
+
+
+def put(store: AdapterStore, name: str, folder: Path, layout: BaseLayout, version: int | None = None) -> str:
+    """Publishes an adapter's folder as a server would; its digest."""
+    staged = store.new_staging()
+    for file in folder.iterdir():
+        (staged / file.name).write_bytes(file.read_bytes())
+    facts = validate_adapter(staged, layout, max_rank=64)
+    return store.publish(name, staged, facts, version=version)[0].facts.digest
 
 
 def _randomise(adapted: nn.Module, seed: int, strength: float) -> None:

@@ -29,6 +29,7 @@ EFFECTS = frozenset(
         "fchmod",
         "flock",
         "fsync",
+        "link",
         "mkdir",
         "open",
         "rename",

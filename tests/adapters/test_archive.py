@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
 
 from adapters.errors import (
     AdapterCorruptError,
@@ -26,59 +25,28 @@ from adapters.files import WEIGHTS_FILE
 from adapters.import_archive import import_store
 from adapters.layout import BaseLayout
 from adapters.store import AdapterStore
-from adapters.validate import validate_adapter
 from quickchange.cli import main
-from tests.adapters.builders import make_adapter
+from tests.adapters.builders import put
+from tests.adapters.published import listed
 from tests.adapters.staging import references, staged_by_anyone
 
 Publish = Callable[..., AdapterFacts]
 
 
-@pytest.fixture(scope="module")
-def folders(llama: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    folder = tmp_path_factory.mktemp("adapters")
-    return {name: make_adapter(llama, folder / name, seed=seed) for seed, name in enumerate("abc")}
-
-
-def put(store: AdapterStore, name: str, folder: Path, layout: BaseLayout, version: int | None = None) -> str:
-    staged = store.new_staging()
-    for file in folder.iterdir():
-        (staged / file.name).write_bytes(file.read_bytes())
-    facts = validate_adapter(staged, layout, max_rank=64)
-    return store.publish(name, staged, facts, version=version)[0].facts.digest
-
-
 @pytest.fixture
-def filled(store: AdapterStore, folders: Mapping[str, Path], layout: BaseLayout) -> AdapterStore:
-    for name in "abc":
-        put(store, "sql", folders[name], layout)
-    put(store, "other", folders["a"], layout)
-    store.update("sql", 1, set_aliases=["prod"], pinned=True, labels={"team": "x"})
-    store.delete("sql@3")
-    return store
-
-
-@pytest.fixture
-def archive(filled: AdapterStore, tmp_path: Path) -> Path:
-    export_store(filled, tmp_path / "store.tar")
+def archive(origin: AdapterStore, tmp_path: Path) -> Path:
+    export_store(origin, tmp_path / "store.tar")
     return tmp_path / "store.tar"
 
 
-def facts(store: AdapterStore) -> list[tuple[object, ...]]:
-    return [
-        (r.reference, r.facts, r.files, r.aliases, r.pinned, r.labels, r.description, r.created_s, r.state)
-        for r in store.list()[0]
-    ]
-
-
 def test_there_and_back(
-    filled: AdapterStore, archive: Path, tmp_path: Path, folders: Mapping[str, Path], layout: BaseLayout
+    origin: AdapterStore, archive: Path, tmp_path: Path, folders: Mapping[str, Path], layout: BaseLayout
 ) -> None:
     steps: list[tuple[int, int]] = []
     with AdapterStore(tmp_path / "new") as new:
         adopted = import_store(new, archive, report=lambda *step: steps.append(step))
         assert [(each.version, each.created) for each in adopted] == [(1, True), (1, True), (2, True)]
-        assert facts(new) == facts(filled)
+        assert listed(new) == listed(origin)
         for record in new.list()[0]:
             new.verify(record.facts.digest)
         assert staged_by_anyone(tmp_path / "new") == []
@@ -90,19 +58,19 @@ def test_there_and_back(
         assert plain.getnames()[0] == "manifest.json"
 
 
-def test_chosen_names(archive: Path, tmp_path: Path, filled: AdapterStore) -> None:
+def test_chosen_names(archive: Path, tmp_path: Path, origin: AdapterStore) -> None:
     with AdapterStore(tmp_path / "new") as new:
         import_store(new, archive, names=["other"])
         assert references(new) == ["other@1"]
         assert len(list((tmp_path / "new/blobs/sha256").iterdir())) == 1
         with pytest.raises(AdapterNotFoundError):
             import_store(new, archive, names=["nobody"])
-    done = export_store(filled, tmp_path / "one.tar", names=["other"])
+    done = export_store(origin, tmp_path / "one.tar", names=["other"])
     assert (done.versions, done.contents) == (1, 1)
     with pytest.raises(AdapterNotFoundError):
-        export_store(filled, tmp_path / "none.tar", names=["nobody"])
+        export_store(origin, tmp_path / "none.tar", names=["nobody"])
     with pytest.raises(InvalidAdapterError, match="is there already"):
-        export_store(filled, archive)
+        export_store(origin, archive)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "one.tar", "store", "store.tar"]
 
 
@@ -112,10 +80,10 @@ def test_other_content_under_a_number_is_refused_or_renumbered(
     with AdapterStore(tmp_path / "new") as new:
         put(new, "sql", folders["c"], layout)
         new.update("sql", 1, set_aliases=["prod"])
-        before = facts(new)
+        before = listed(new)
         with pytest.raises(AdapterExistsError, match="--renumber"):
             import_store(new, archive)
-        assert facts(new) == before
+        assert listed(new) == before
         assert len(list((tmp_path / "new/blobs/sha256").iterdir())) == 1
         adopted = import_store(new, archive, renumber=True)
         assert [(each.listed.reference, each.version) for each in adopted] == [
@@ -129,7 +97,7 @@ def test_other_content_under_a_number_is_refused_or_renumbered(
 
 
 def test_a_deletion_during_an_export_takes_nothing_from_it(
-    filled: AdapterStore, tmp_path: Path, root: Path
+    origin: AdapterStore, tmp_path: Path, root: Path
 ) -> None:
     deleted = False
 
@@ -142,23 +110,23 @@ def test_a_deletion_during_an_export_takes_nothing_from_it(
                     assert not other.remove_blob(digest)
                 other.recover()
 
-    export_store(filled, tmp_path / "store.tar", report=delete)
-    assert references(filled) == []
+    export_store(origin, tmp_path / "store.tar", report=delete)
+    assert references(origin) == []
     with AdapterStore(tmp_path / "new") as new:
         import_store(new, tmp_path / "store.tar")
         assert references(new) == ["other@1", "sql@1", "sql@2"]
-    filled.recover()
+    origin.recover()
     assert list((root / "blobs/sha256").iterdir()) == []
 
 
-def test_a_damaged_adapter_stops_an_export_once(filled: AdapterStore, tmp_path: Path) -> None:
-    path = filled.path_of(filled.get("sql@2").facts.digest) / WEIGHTS_FILE
+def test_a_damaged_adapter_stops_an_export_once(origin: AdapterStore, tmp_path: Path) -> None:
+    path = origin.path_of(origin.get("sql@2").facts.digest) / WEIGHTS_FILE
     path.chmod(0o600)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(AdapterCorruptError, match="SHA-256"):
-        export_store(filled, tmp_path / "store.tar")
-    assert filled.get("sql@2").state == "FAILED"
-    assert export_store(filled, tmp_path / "store.tar").left_out == ("sql@2",)
+        export_store(origin, tmp_path / "store.tar")
+    assert origin.get("sql@2").state == "FAILED"
+    assert export_store(origin, tmp_path / "store.tar").left_out == ("sql@2",)
 
 
 def refused(archive: Path, tmp_path: Path) -> AdapterError:
@@ -244,17 +212,17 @@ def test_manifests_that_say_what_cannot_be(
     assert isinstance(error, InvalidAdapterError | AdapterCorruptError)
 
 
-def test_content_under_a_false_digest(filled: AdapterStore, root: Path, tmp_path: Path) -> None:
+def test_content_under_a_false_digest(origin: AdapterStore, root: Path, tmp_path: Path) -> None:
     """Everything agrees with everything, but the digest is not the content's."""
-    true, false = filled.get("other@1").facts.digest, "sha256:" + "0" * 64
-    filled.path_of(true).rename(root / "blobs/sha256" / false[7:])
+    true, false = origin.get("other@1").facts.digest, "sha256:" + "0" * 64
+    origin.path_of(true).rename(root / "blobs/sha256" / false[7:])
     with closing(sqlite3.connect(root / "catalogue.sqlite3")) as connection:
         connection.execute("UPDATE versions SET digest = ? WHERE digest = ?", (false, true))
         connection.execute(
             "UPDATE contents SET digest = ?1, facts = replace(facts, ?2, ?1) WHERE digest = ?2", (false, true)
         )
         connection.commit()
-    export_store(filled, tmp_path / "forged.tar")
+    export_store(origin, tmp_path / "forged.tar")
     assert f"has the content {true} under the digest {false}" in str(
         refused(tmp_path / "forged.tar", tmp_path)
     )
@@ -283,7 +251,7 @@ def test_an_archive_that_is_cut_or_flipped_anywhere(
 
 
 def test_the_command(
-    filled: AdapterStore, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    origin: AdapterStore, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, new = str(tmp_path / "out.tar"), str(tmp_path / "new")
     assert main(["store", "export", "--store", str(root), "--out", out]) == 0

@@ -47,6 +47,8 @@ EXPECTED = {
     adapter_errors.AdapterCorruptError: "DATA_LOSS",
     adapter_errors.UploadOffsetError: "OUT_OF_RANGE",
     adapter_errors.ChangesLostError: "UNAVAILABLE",
+    adapter_errors.StoreUnreachableError: "UNAVAILABLE",
+    adapter_errors.ReadOnlyStoreError: "FAILED_PRECONDITION",
     adapter_errors.CapacityError: "RESOURCE_EXHAUSTED",
 }
 
