@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Final
 
 import grpc
@@ -19,6 +20,8 @@ from grpc_reflection.v1alpha import reflection
 from adapters.base import Base, load_base
 from adapters.errors import AdapterError, BaseModelError
 from adapters.quota import StoreQuota
+from adapters.remote import RemotePlace
+from adapters.replica import ReplicaStore
 from adapters.retention import RetentionPolicy
 from adapters.store import AdapterStore
 from quickchange.v1 import (
@@ -44,6 +47,7 @@ from server.services.housekeeping import Housekeeper
 from server.services.inference import InferenceService
 from server.services.ingest import UploadDesk
 from server.services.interceptors import StatusInterceptor
+from server.services.replica import Replica
 from server.services.server_info import ServerService
 from server.services.uploads import MAX_CHUNK_BYTES
 from server.services.workers import Workers
@@ -104,7 +108,8 @@ class Server:
         self._engine = Engine(base, store, settings.engine, self._metrics)
         self._workers = Workers(settings.grpc.worker_threads)
         self._prompts = PromptEncoder(base.tokenizer, base.chat_template, settings.grpc.max_prompt_bytes)
-        self._catalogue = Catalogue(store, self._engine, self._workers)
+        self._replica = Replica(store, settings.store.refresh_s) if isinstance(store, ReplicaStore) else None
+        self._catalogue = Catalogue(store, self._engine, self._workers, self._replica)
         self._feed = ChangeFeed(store, self._engine, self._catalogue, self._workers)
         self._housekeeper = Housekeeper(
             self._catalogue,
@@ -169,6 +174,8 @@ class Server:
             loop.add_signal_handler(number, self._on_signal, number)
         await self._feed.start()
         await self._catalogue.load_pinned()
+        if self._replica is not None:
+            self._replica.start()
         await self._warm_up()
         gc.collect()
         gc.freeze()  # what start-up made stays: no collection in the middle of a step looks through it again
@@ -277,6 +284,8 @@ class Server:
         self._desk.close()
         self._feed.close()
         self._housekeeper.close()
+        if self._replica is not None:
+            self._replica.close()
         grace_s = self._settings.grpc.drain_grace_s
         log.info("draining grace_s=%g running=%d", grace_s, self._engine.stats().running)
         await asyncio.gather(self._engine.stop(grace_s), self._uploads_over(grace_s))
@@ -308,9 +317,27 @@ def _open_store(settings: ServerSettings) -> AdapterStore:
     limits = settings.store
     quota = StoreQuota(limits.max_bytes, limits.max_bytes_per_name, limits.max_versions_per_name)
     try:
+        if isinstance(limits.root, str):
+            assert limits.cache is not None, "the settings checked it"
+            return _open_replica(limits.root, limits.cache, limits.reserve_bytes)
         return AdapterStore(limits.root, quota)
     except AdapterError as error:
         raise StartError(f"--store {settings.store.root}: {error}") from None
+
+
+def _open_replica(url: str, cache: Path, reserve_bytes: int) -> ReplicaStore:
+    """As the store is now; or as it was, if there is a copy and the store does not answer."""
+    store = ReplicaStore(cache, RemotePlace(url), reserve_bytes=reserve_bytes)
+    try:
+        store.refresh()
+    except AdapterError as error:
+        if not store.generation:
+            store.close()
+            raise
+        log.warning("starting with snapshot %d of the store: %s", store.generation, error)
+    else:
+        log.info("store opened url=%s snapshot=%d", url, store.generation)
+    return store
 
 
 def _load_base(settings: ServerSettings) -> Base:

@@ -53,9 +53,11 @@ class BaseSettings(Section):
 class StoreSettings(Section):
     """The adapter store."""
 
-    root: Annotated[Path, About("folder of the adapter store")] = (
+    root: Annotated[Path | str, About("folder of the adapter store, or a URL it was published at")] = (
         Path.home() / ".local/share/quickchange/store"
     )
+    cache: Annotated[Path | None, About("folder for copies of a store by URL, which needs one")] = None
+    refresh_s: Annotated[float, About("seconds between looks at a store by URL", 0.1, 86400)] = 30.0
     max_bytes: Annotated[int | None, About("bytes of all adapters; unset: what the disk takes", 1)] = None
     max_bytes_per_name: Annotated[
         int | None, About("bytes of all versions of one name; unset: no limit", 1)
@@ -69,6 +71,17 @@ class StoreSettings(Section):
         int, About("newest READY versions of a name that a collection keeps", 1, 1_000_000)
     ] = 5
     gc_min_age_s: Annotated[float, About("seconds that a collection keeps any version", 0)] = 7 * 86400.0
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        if isinstance(self.root, Path):
+            return
+        if self.cache is None:
+            raise RangeError("cache", f"is not set: give a folder for copies of {self.root}")
+        if self.gc_interval_s is not None:
+            raise RangeError(
+                "gc_interval_s", f"is {self.gc_interval_s}, but {self.root} is changed elsewhere; unset it"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +209,8 @@ FLAG_NAMES: Mapping[str, str] = {
     "store": "store.root",
     "store_max_bytes": "store.max_bytes",
     "store_reserve_bytes": "store.reserve_bytes",
+    "store_cache": "store.cache",
+    "store_refresh_s": "store.refresh_s",
     "host": "grpc.host",
     "port": "grpc.port",
     "metrics_host": "metrics.host",

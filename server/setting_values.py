@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 def converted(value: object, wanted: Any) -> object:
     """A value as the type of its field; ValueError or TypeError says what it must be."""
     options = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
-    target = next(option for option in options if option is not NoneType)
+    target = wanted if wanted in _CONVERTERS else next(each for each in options if each is not NoneType)
     if get_origin(target) is Literal:
         return _one_of(value, get_args(target))
     return _CONVERTERS[target](value)
@@ -54,8 +54,18 @@ def _folder(value: object) -> Path:
     if isinstance(value, Path):
         return value
     if "://" in _text(value):
-        raise ValueError("must be a folder of this machine; URLs are not supported yet")
+        raise ValueError("must be a folder of this machine, not a URL")
     return Path(_text(value)).expanduser()
 
 
-_CONVERTERS: Mapping[Any, Any] = {int: _whole_number, float: _number, str: _text, Path: _folder}
+def _folder_or_url(value: object) -> Path | str:
+    return value if isinstance(value, str) and "://" in value else _folder(value)
+
+
+_CONVERTERS: Mapping[Any, Any] = {
+    int: _whole_number,
+    float: _number,
+    str: _text,
+    Path: _folder,
+    Path | str: _folder_or_url,
+}

@@ -18,11 +18,13 @@ from adapters.rows import Change, Entry
 from adapters.store import AdapterStore
 from server.engine import Engine
 from server.metrics import OTHER_LABEL, ResidentAdapter
+from server.services.replica import Replica
 from server.services.workers import Workers
 
 log = logging.getLogger(__name__)
 
 _REMOVAL_RETRY_S = 1.0
+_FETCH_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,15 @@ class Changes:
 class Catalogue:
     """Resolves references, and lets an adapter go only when nobody needs it any more; in one event loop."""
 
-    def __init__(self, store: AdapterStore, engine: Engine, workers: Workers) -> None:
+    def __init__(
+        self, store: AdapterStore, engine: Engine, workers: Workers, replica: Replica | None = None
+    ) -> None:
+        """
+        Args:
+            replica: brings files that the store lists and does not have; None if it has them all.
+        """
         self.store = store
+        self._replica = replica
         self._engine = engine
         self._workers = workers
         self._preparing: set[asyncio.Future[None]] = set()
@@ -68,7 +77,8 @@ class Catalogue:
     async def preparing(self, reference: str) -> AsyncIterator[AdapterRecord | None]:
         """The adapter of a request that is not submitted yet; None for an empty reference, which is the base.
 
-        While the block runs, no deletion in this or another server takes away what was resolved.
+        While the block runs, no deletion in this or another server takes away what was resolved, and its
+        files are here.
         """
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._preparing.add(over)
@@ -76,7 +86,7 @@ class Catalogue:
         try:
             record = None
             if reference:
-                record = await self._workers.run(self._hold, reference, leases)
+                record = await self._held(reference, leases)
                 self._names[record.facts.digest] = record.name
             yield record
         finally:
@@ -84,6 +94,14 @@ class Catalogue:
                 lease.release()
             self._preparing.discard(over)
             over.set_result(None)
+
+    async def _held(self, reference: str, leases: list[Lease]) -> AdapterRecord:
+        for _ in range(_FETCH_ATTEMPTS):
+            record = await self._workers.run(self._hold, reference, leases)
+            if leases or self._replica is None:
+                return record
+            await self._replica.fetch(record.facts.digest)  # meanwhile the reference may get another meaning
+        return await self._workers.run(self._hold, reference, leases)
 
     def keep(self, record: AdapterRecord) -> Lease | None:
         """Makes the files outlast `preparing`, inside which this is called; None if they are not there."""
@@ -185,6 +203,8 @@ class Catalogue:
         for digest in sorted(self._pinned, key=self._names.__getitem__):
             name = self._names[digest]
             try:
+                if self._replica is not None:
+                    await self._replica.fetch(digest)
                 await self._engine.load(digest)
             except AdapterError as error:
                 log.warning("pinned adapter not loaded adapter=%s digest=%s: %s", name, digest, error)

@@ -171,6 +171,8 @@ class UploadDesk:
         settings = self._settings
         inbox = Inbox(messages, settings.upload_idle_timeout_s, settings.upload_min_bytes_per_s)
         plan = await self._plan_from(inbox)
+        if not plan.validate_only:
+            self._store.check_changeable()
         is_resumable = plan.upload_id and settings.upload_resume_ttl_s
         key = shelf_key(plan.upload_id, _EVERYBODY) if is_resumable else None
         async with self._places.taken(key, inbox):

@@ -45,7 +45,7 @@ def test_a_step_has_room_for_every_running_request() -> None:
 def test_every_setting_can_come_from_every_source(tmp_path: Path) -> None:
     """Nobody has to remember to wire a new setting."""
     values = {"quantization": "none", "dtype": "float32", "device": "cpu", "host": "::1", "root": "/r"}
-    values |= {"source": "s", "cache_dir": "/c", "kernels": "torch"}
+    values |= {"source": "s", "cache_dir": "/c", "cache": "/k", "kernels": "torch"}
     values |= {"max_batch_tokens": "64"}
     values |= {
         "fused_layers": "off",
@@ -162,6 +162,13 @@ def test_settings_cannot_be_changed_after_construction() -> None:
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/store", "file:///store", "memory://"])
-def test_a_store_is_a_folder(url: str) -> None:
+def test_a_store_may_be_a_url_with_a_folder_for_copies(url: str, tmp_path: Path) -> None:
+    flags = {"base": "smollm2", "store": url}
+    settings = settings_from(flags | {"store_cache": str(tmp_path), "store_refresh_s": "5"}, {})
+    assert (settings.store.root, settings.store.cache, settings.store.refresh_s) == (url, tmp_path, 5.0)
+    with pytest.raises(SettingsError, match=f"store.cache is not set: give a folder for copies of {url}"):
+        settings_from(flags, {})
+    with pytest.raises(SettingsError, match=r"store.gc_interval_s is 60.0, but .* is changed elsewhere"):
+        settings_from(flags | {"store_cache": str(tmp_path), "gc_interval_s": "60"}, {})
     with pytest.raises(SettingsError, match="must be a folder of this machine"):
-        settings_from({"base": "smollm2", "store": url}, {})
+        settings_from(flags | {"store_cache": url}, {})
