@@ -16,7 +16,7 @@ from training.packing import Pack
 IGNORED: Final = -100
 """Label of a token that is not learned."""
 
-Batch = dict[str, Tensor | int | bool]
+Batch = dict[str, Tensor | int | bool | None]
 
 
 class Sequences(torch.utils.data.Dataset[dict[str, Any]]):
@@ -51,7 +51,7 @@ class Collator:
         width = max(len(example.token_ids) for example in examples)
         input_ids = torch.tensor([self._row(e.token_ids, width, self._pad_id) for e in examples])
         mask = torch.tensor([self._row([1] * len(e.token_ids), width, 0) for e in examples])
-        labels = torch.tensor([self._row(_labels(e), width, IGNORED) for e in examples])
+        labels = torch.tensor([self._row(labels_of(e), width, IGNORED) for e in examples])
         batch: Batch = {
             "input_ids": input_ids,
             "attention_mask": mask,
@@ -73,7 +73,7 @@ class PackCollator:
     """Puts packs into a batch, padded on the right; positions begin anew with every example.
 
     transformers finds the boundaries in these positions, and lets no example see another, if there is
-    neither a mask nor a cache; PackTrainer sees to the mask, which is there to count tokens.
+    neither a mask nor a cache.
 
     Args:
         pad_id: any token.
@@ -97,21 +97,24 @@ class PackCollator:
             "attention_mask": torch.tensor([_padded([1] * _tokens(p), width, [0] * width) for p in packs]),
             "position_ids": torch.tensor([_padded(_positions(p), width, range(width)) for p in packs]),
             "labels": labels_BT,
+            "visible": None,
             "use_cache": False,
         }
-        return batch | _learned_columns(labels_BT) if self._answers_only else batch
+        return batch | learned_columns(labels_BT) if self._answers_only else batch
 
 
-class PackTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
-    """Counts tokens of packs by the mask, as those of other batches, and computes them without it."""
+class SequenceTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
+    """Counts tokens by `attention_mask`, as ever, and computes with `visible` instead if a batch has it."""
 
     def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.data_collator, PackCollator):
-            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        if "visible" in inputs:
+            inputs = {name: value for name, value in inputs.items() if name != "visible"} | {
+                "attention_mask": inputs["visible"]
+            }
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def _learned_columns(labels_BT: Tensor) -> Batch:
+def learned_columns(labels_BT: Tensor) -> Batch:
     """Which columns' logits predict anything, and what.
 
     The loss compares a column's logits with the label of the next column kept. So there is one label more in
@@ -124,7 +127,8 @@ def _learned_columns(labels_BT: Tensor) -> Batch:
     return {"labels": labels_BK, "logits_to_keep": torch.cat([columns_K, columns_K[-1:]])}
 
 
-def _labels(example: Example) -> list[int]:
+def labels_of(example: Example) -> list[int]:
+    """One for every token: itself where it is learned."""
     labels = [IGNORED] * len(example.token_ids)
     for begin, end in example.spans:
         labels[begin:end] = example.token_ids[begin:end]
@@ -132,7 +136,7 @@ def _labels(example: Example) -> list[int]:
 
 
 def _pack_labels(pack: Pack) -> list[int]:
-    return [label for example in pack for label in _labels(example)]
+    return [label for example in pack for label in labels_of(example)]
 
 
 def _ids(pack: Pack) -> list[int]:

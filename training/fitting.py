@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils.generic import is_flash_attention_requested
 
 from adapters.base import Base
-from training.batches import Collator, PackCollator, PackTrainer, Sequences
+from training.batches import Collator, PackCollator, Sequences, SequenceTrainer
 from training.curve import EvalPoint, LossPoint
 from training.data import TrainingData
 from training.errors import StoppedError
@@ -27,6 +27,7 @@ from training.order import EpochCounter, LengthBuckets
 from training.qlora import optimizer_name, takes_logits_to_keep
 from training.recipe import Recipe
 from training.recorder import TENSORBOARD, Recorder, evals, event_writer, losses
+from training.shared_prefix import SharedPrefixCollator, can_share
 from training.unfinished import CHECKPOINTS_KEPT, UnfinishedRun
 
 _SCHEDULES: Final = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -102,7 +103,7 @@ def fit(
             args=_arguments(recipe, base, data, run.folder),
             train_dataset=Sequences(data.sequences),
             eval_dataset=Sequences(data.held_out) if data.held_out else None,
-            data_collator=_collator(base, recipe),
+            data_collator=_collator(base, data, recipe),
             callbacks=[
                 EpochCounter(order, _steps_per_epoch(recipe, data)), Recorder(progress), *trackers,
                 *([] if best is None else [best]), keeper,
@@ -129,7 +130,7 @@ def fit(
     )
 
 
-class _OrderedTrainer(PackTrainer):
+class _OrderedTrainer(SequenceTrainer):
     """Learns rows in the order given: a Trainer's own depends on what the process drew before."""
 
     order: LengthBuckets
@@ -148,7 +149,7 @@ def _tracked(recipe: Recipe, run: UnfinishedRun) -> Iterator[list[TrainerCallbac
         yield [TensorBoardCallback(writer)]
 
 
-def _check_not_stopped(trainer: PackTrainer, stop: threading.Event, best: BestKeeper | None) -> None:
+def _check_not_stopped(trainer: SequenceTrainer, stop: threading.Event, best: BestKeeper | None) -> None:
     state = trainer.state
     if stop.is_set() and state.global_step < state.max_steps and not (best and best.stopped_early):
         raise StoppedError(
@@ -197,10 +198,16 @@ def _steps_per_epoch(recipe: Recipe, data: TrainingData) -> int:
     return math.ceil(math.ceil(len(data.sequences) / recipe.batch_size) / recipe.gradient_accumulation)
 
 
-def _collator(base: Base, recipe: Recipe) -> Collator | PackCollator:
+def _collator(
+    base: Base, data: TrainingData, recipe: Recipe
+) -> Collator | PackCollator | SharedPrefixCollator:
     answers_only = takes_logits_to_keep(base.model)
     if not recipe.packing:
-        return Collator(_pad_id(base), answers_only=answers_only)
+        padded = Collator(_pad_id(base), answers_only=answers_only)
+        # Noise on embeddings differs from row to row, and so then does what they begin with.
+        if not recipe.share_prefixes or recipe.neftune_alpha or not can_share(base, data.train):
+            return padded
+        return SharedPrefixCollator(base, padded, answers_only=answers_only)
     flat = is_flash_attention_requested(base.model.config)
     return PackCollator(_pad_id(base), answers_only=answers_only, flat=flat)
 

@@ -59,7 +59,7 @@ _MAY_BE_OPEN: Final = ("alpha", "max_steps", "early_stopping")
 _PATHS: Final = ("data", "out")
 _LISTS: Final = ("target_modules", "trackers")
 _OPEN_PATHS: Final = ("eval_data",)
-_SWITCHES: Final = ("gradient_checkpointing", "packing")
+_SWITCHES: Final = ("gradient_checkpointing", "packing", "share_prefixes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +87,8 @@ class Recipe:
         gradient_checkpointing: computes activations twice in order to keep fewer; slower, smaller.
         max_length: tokens of a sequence.
         on_too_long: rows that are longer are cut, dropped or an error.
+        share_prefixes: computes what all rows of a batch begin with once, where the model allows it and it is
+            less work; loss and gradients are the same.
         packing: puts several rows into one sequence of at most max_length tokens; none sees another.
         loss_on: "completions" learns answers alone, "all" questions too.
         weight_decay: of the adapter's weights.
@@ -131,6 +133,7 @@ class Recipe:
     gradient_checkpointing: bool = False
     max_length: int = 1024
     on_too_long: TooLong = "cut"
+    share_prefixes: bool = True
     packing: bool = False
     loss_on: LossOn = "completions"
     weight_decay: float = 0.0

@@ -108,6 +108,12 @@ def add_parser(subparsers: "Subparsers") -> None:
     )
     start.add_argument("--restart", action="store_true", help="begin anew, whatever checkpoint there is")
     parser.add_argument(
+        "--share-prefixes",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compute what all rows of a batch begin with once (yes)",
+    )
+    parser.add_argument(
         "--packing",
         action=argparse.BooleanOptionalAction,
         default=None,
@@ -170,7 +176,7 @@ def _recipe(args: argparse.Namespace) -> "Recipe":
     from training.errors import RecipeError
     from training.recipe import Recipe
 
-    names = [*(flag.name for flag in _FLAGS), "gradient_checkpointing", "packing"]
+    names = [*(flag.name for flag in _FLAGS), "gradient_checkpointing", "share_prefixes", "packing"]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
         if args.config is not None:
