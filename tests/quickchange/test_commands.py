@@ -159,7 +159,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
 
 
 def test_every_setting_of_a_recipe_has_a_flag() -> None:
-    flags = {flag.name for flag in train._FLAGS} | {"gradient_checkpointing", "packing"}
+    flags = {flag.name for flag in train._FLAGS} | {"gradient_checkpointing", "share_prefixes", "packing"}
     assert flags == {field.name for field in dataclasses.fields(Recipe)}
 
 
