@@ -1,9 +1,10 @@
 """Owns the base model in memory: loaded for serving, for training or dequantised. Knows no adapters.
 
 purpose  quantization  linear layers
-serve    either        on a CPU packed for native code (adapters/native.py), where that is there
+serve    nf4, none     on a CPU packed for native code (adapters/native.py), where that is there
 serve    nf4           else packed for bitsandbytes' kernels (adapters/nf4.py)
-train    nf4           bitsandbytes Linear4bit, never repacked, so that gradients and saving stay right
+train    nf4, fp4      bitsandbytes Linear4bit, never repacked, so that gradients and saving stay right
+train    int8          bitsandbytes Linear8bitLt
 either   none          else torch Linear; with float32 this is the exact mode that parity tests use
 """
 
@@ -19,14 +20,21 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from adapters.bnb import Linear4bit
+from adapters.bnb import Linear4bit, Linear8bitLt
 from adapters.cache import default_cache_dir
 from adapters.errors import BaseModelError, UnsupportedBaseError
 from adapters.fingerprint import fingerprint_of
 from adapters.layout import BaseLayout, ModuleShape
 from adapters.native import use_native_layers
-from adapters.nf4 import dequantized_weight, fused_kernel_works, serving_linear
-from adapters.quantize import NF4_SCHEME, progress_bars, quantized_folder
+from adapters.nf4 import fused_kernel_works, serving_linear
+from adapters.quantize import (
+    Quantization,
+    Scheme,
+    plain_weight,
+    progress_bars,
+    quantized_folder,
+    quantized_layers,
+)
 from adapters.serving import ServingLinear
 from adapters.sources import Source, resolve_source
 from adapters.support import supported_config
@@ -35,7 +43,6 @@ from kernels.library import status as native_status
 from kernels.precision import MatmulPrecision, PrecisionChoice, automatic_precision, has_medium
 
 Purpose = Literal["serve", "train"]
-Quantization = Literal["nf4", "none"]
 DTypeName = Literal["auto", "bfloat16", "float32"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 KernelChoice = Literal["auto", "native", "torch"]
@@ -53,7 +60,7 @@ class Base:
         name: what people call it, without a path.
         folder: where its configuration, unquantised weights and tokenizer lie on this machine.
         fingerprint: "sha256:…" of weights, configuration and quantisation.
-        quantization: "nf4" or "none".
+        scheme: how its linear layers are kept.
         dtype: of activations, norms and embeddings.
         storage_dtype: in which keys, values, adapters and weights that are not quantised are kept.
         kernels: what computes: native code, or torch and bitsandbytes.
@@ -71,7 +78,7 @@ class Base:
     name: str
     folder: Path
     fingerprint: str
-    quantization: Quantization
+    scheme: Scheme
     device: torch.device
     dtype: torch.dtype
     storage_dtype: torch.dtype
@@ -84,12 +91,18 @@ class Base:
     max_context_tokens: int
     vocab_size: int
 
+    @property
+    def quantization(self) -> Quantization:
+        """Of its linear layers, but for the output head."""
+        return self.scheme.quantization
+
 
 def load_base(
     source: str,
     *,
     purpose: Purpose = "serve",
     quantization: Quantization = "nf4",
+    double_quantization: bool = True,
     dtype: DTypeName = "auto",
     device: DeviceName = "auto",
     kernels: KernelChoice = "auto",
@@ -102,6 +115,8 @@ def load_base(
     Args:
         source: a folder with safetensors, a GGUF file, a hub id, or "smollm2".
         purpose: "serve" gives immutable layers; "train" gives layers that PEFT and autograd understand.
+        quantization: of the linear layers; "fp4" and "int8" are for training alone.
+        double_quantization: whether 4-bit scales are quantised again; a server's always are.
         dtype: "auto" is bfloat16 on CUDA. On a CPU it is float32; in native code keys, values, adapters and
             weights that are not quantised are stored in bfloat16; without it products of NF4 weights are in
             bfloat16. "float32" stores and computes everything in float32.
@@ -119,6 +134,11 @@ def load_base(
         UnsupportedBaseError: its architecture or form cannot be served, or "native" or "medium" was asked
             for and is not there.
     """
+    scheme = Scheme(quantization, double_quantization)
+    if purpose == "serve" and not scheme.is_served:
+        raise UnsupportedBaseError(
+            f"a base in {scheme.name} can be trained on and not served; serve quantization 'nf4' or 'none'"
+        )
     cache = cache_dir or default_cache_dir()
     place = _device(device)
     chosen = _kernels(kernels, place) if purpose == "serve" else "torch"
@@ -126,13 +146,13 @@ def load_base(
     activations = _activation_dtype(dtype, place)
     found = resolve_source(source, cache, progress=progress)
     supported_config(found.folder)
-    fingerprint = fingerprint_of(found.folder, NF4_SCHEME if quantization == "nf4" else "none", cache)
-    if quantization == "nf4":
-        weights = quantized_folder(found.folder, fingerprint, cache, progress=progress)
-        model = _load_nf4(weights, place, activations, exact=dtype == "float32")
-    else:
+    fingerprint = fingerprint_of(found.folder, scheme.name, cache)
+    if quantization == "none":
         model = _load_model(found.folder, place, activations)
         _replace_conv1d(model)
+    else:
+        weights = quantized_folder(found.folder, scheme, fingerprint, cache, progress=progress)
+        model = _load_quantized(weights, place, activations, exact=dtype == "float32")
     _complete(model, found.folder)
     if purpose == "serve":
         model.requires_grad_(False)
@@ -141,7 +161,7 @@ def load_base(
         use_native_layers(model, storage, precision)
     elif purpose == "serve":
         _make_serving(model, activations, fused=dtype != "float32")
-    return _describe(model, found, fingerprint, quantization, place, activations, storage, precision)
+    return _describe(model, found, fingerprint, scheme, place, activations, storage, precision)
 
 
 def dequantized_model(source: str, *, cache_dir: Path | None = None, progress: bool = True) -> Any:
@@ -153,9 +173,14 @@ def dequantized_model(source: str, *, cache_dir: Path | None = None, progress: b
 
 
 def dequantized_base(
-    source: str, *, quantization: Quantization = "nf4", cache_dir: Path | None = None, progress: bool = True
+    source: str,
+    *,
+    quantization: Quantization = "nf4",
+    double_quantization: bool = True,
+    cache_dir: Path | None = None,
+    progress: bool = True,
 ) -> Base:
-    """A base whose model is plain float32 torch on the CPU: what NF4 stands for, or with "none" the source.
+    """A base whose model is plain float32 torch on the CPU: what its codes stand for; with "none" the source.
 
     The fingerprint and the layout stay those of the base that adapters are trained on.
     """
@@ -163,6 +188,7 @@ def dequantized_base(
         source,
         purpose="train",
         quantization=quantization,
+        double_quantization=double_quantization,
         dtype="float32",
         device="cpu",
         cache_dir=cache_dir,
@@ -170,11 +196,19 @@ def dequantized_base(
     )
     plain = _load_model(base.folder, base.device, base.dtype)
     _complete(plain, base.folder)
-    for name, layer in _linear4bits(base.model):
-        weight_OD, target = dequantized_weight(layer), plain.get_submodule(name)
+    for name, layer in quantized_layers(base.model).items():
+        weight_OD, target = plain_weight(layer), plain.get_submodule(name)
         target.weight.data = weight_OD.T.contiguous() if isinstance(target, Conv1D) else weight_OD
     plain.requires_grad_(False)
     return replace(base, model=plain, weight_bytes=sum(_tensor_bytes(plain)))
+
+
+def source_model(base: Base) -> Any:
+    """What a base was made from: float32, on the CPU, in transformers' own layers, free to change.
+
+    Errors as `load_base`.
+    """
+    return _load_model(base.folder, torch.device("cpu"), torch.float32)
 
 
 def _device(wanted: DeviceName) -> torch.device:
@@ -249,13 +283,13 @@ def _load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def _load_nf4(folder: Path, device: torch.device, dtype: torch.dtype, *, exact: bool) -> Any:
+def _load_quantized(folder: Path, device: torch.device, dtype: torch.dtype, *, exact: bool) -> Any:
     model = _load_model(folder, device, dtype)
     for parameter in model.parameters():
         if parameter.is_floating_point():  # what is not quantised comes in the type it was saved in
             parameter.data = parameter.data.to(dtype)
     bf16_products = not exact and (device.type == "cuda" or fused_kernel_works())
-    for _, layer in _linear4bits(model):
+    for layer in _linear4bits(model).values():
         layer.compute_dtype = torch.bfloat16 if bf16_products else dtype
         layer.compute_type_is_set = True
         # bitsandbytes would repack the weight in place at the first evaluation, and from then on gradients,
@@ -266,12 +300,12 @@ def _load_nf4(folder: Path, device: torch.device, dtype: torch.dtype, *, exact: 
 
 def _make_serving(model: Any, dtype: torch.dtype, *, fused: bool) -> None:
     """Swaps every Linear4bit for its immutable serving form; one thread, before anything is served."""
-    for name, layer in _linear4bits(model):
+    for name, layer in _linear4bits(model).items():
         model.set_submodule(name, serving_linear(layer, dtype, fused=fused))
 
 
-def _linear4bits(model: nn.Module) -> list[tuple[str, Linear4bit]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+def _linear4bits(model: nn.Module) -> dict[str, Linear4bit]:
+    return {name: layer for name, layer in quantized_layers(model).items() if isinstance(layer, Linear4bit)}
 
 
 def _replace_conv1d(model: Any) -> None:
@@ -282,7 +316,7 @@ def _replace_conv1d(model: Any) -> None:
             plain = nn.Linear(ins, outs, device="meta")
             plain.weight = nn.Parameter(module.weight.detach().T.contiguous())
             plain.bias = module.bias
-            model.set_submodule(name, plain)
+            model.set_submodule(name, plain.eval())
 
 
 def _complete(model: Any, folder: Path) -> None:
@@ -295,7 +329,7 @@ def _describe(
     model: Any,
     source: Source,
     fingerprint: str,
-    quantization: Quantization,
+    scheme: Scheme,
     device: torch.device,
     dtype: torch.dtype,
     storage_dtype: torch.dtype,
@@ -308,7 +342,7 @@ def _describe(
         name=source.name,
         folder=source.folder,
         fingerprint=fingerprint,
-        quantization=quantization,
+        scheme=scheme,
         device=device,
         dtype=dtype,
         storage_dtype=storage_dtype,
@@ -343,6 +377,8 @@ def _tensor_bytes(model: nn.Module) -> Iterator[int]:
             yield module.weight_bytes
         elif isinstance(module, Linear4bit):
             yield _scale_bytes(module.weight.quant_state)
+        elif isinstance(module, Linear8bitLt):
+            yield module.out_features * torch.float32.itemsize
 
 
 def _scale_bytes(state: Any) -> int:

@@ -73,6 +73,7 @@ REFUSED_TYPES: Mapping[str, Refused] = MappingProxyType(
     {
         "ADALORA": Refused("AdaLoRA scales each rank and masks some, which is more than B @ A", _TRAIN_LORA),
         "ADAPTION_PROMPT": _PREFIXES,
+        "BITFIT": Refused("it changes biases of the shared base", _NO_MERGE),
         "BOFT": _ROTATIONS,
         "C3A": _SPARSE,
         "CARTRIDGE": _PREFIXES,

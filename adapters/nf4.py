@@ -174,11 +174,12 @@ def plain_absmax(state: functional.QuantState) -> Tensor:
 
 
 def dequantized_weight(layer: Linear4bit) -> Tensor:
-    """The [O, D] weight of an NF4 Linear4bit in float32, without rounding in between."""
+    """The [O, D] weight of a Linear4bit, NF4 or FP4, in float32, without rounding in between."""
     refuse_repacked(layer)
     state = layer.weight.quant_state
+    absmax, shape = plain_absmax(state), tuple(state.shape)
     weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-        layer.weight.data, plain_absmax(state), state.blocksize, "nf4", tuple(state.shape), torch.float32
+        layer.weight.data, absmax, state.blocksize, state.quant_type, shape, torch.float32
     )
     return weight
 

@@ -1,43 +1,113 @@
-"""Owns quantising a base to NF4: once, kept on disk in transformers' own format. Knows no serving.
+"""Owns quantising a base: once, kept on disk in transformers' own format. Knows no serving.
 
-4-bit NormalFloat in blocks of 64 with 8-bit scales in blocks of 256 (double quantisation); the output head
-and the embeddings stay as they are. It always runs on the CPU, also where the model is then served on CUDA,
-so that the same source gives the same codes everywhere.
+nf4, fp4  4-bit NormalFloat or float in blocks of 64, their scales in 8 bits in blocks of 256 (double
+          quantisation) or in float32; in bitsandbytes' Linear4bit
+int8      LLM.int8(): 8-bit integers with a scale for each row, in bitsandbytes' Linear8bitLt
+none      as the source has it
+
+The output head and the embeddings stay as they are. It always runs on the CPU, also where the model is then
+served on CUDA, so that the same source gives the same codes everywhere. Served are NF4 with double
+quantisation and none; the others are for training and merging.
 """
 
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from adapters.bnb import Linear4bit, functional
+from adapters.bnb import Linear4bit, Linear8bitLt, functional
 from adapters.cache import make_once
+from adapters.nf4 import dequantized_weight
+
+Quantization = Literal["nf4", "fp4", "int8", "none"]
 
 log = logging.getLogger(__name__)
 
-NF4_SCHEME = "nf4-64-double"
-_SCALES_PER_BLOCK = 256
+_SCALES_PER_BLOCK: Final = 256
+_INT8_STEPS: Final = 127  # of a row's scale
 
 
-def quantized_folder(folder: Path, fingerprint: str, cache_dir: Path, *, progress: bool) -> Path:
-    """The NF4 form of a model folder, made now if this machine has not made it before.
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a base's linear layers are kept.
+
+    Attributes:
+        double: whether 4-bit scales are quantised again; means nothing for the others.
+    """
+
+    quantization: Quantization
+    double: bool = True
+
+    @property
+    def name(self) -> str:
+        """As it enters the fingerprint."""
+        match self.quantization:
+            case "none":
+                return "none"
+            case "int8":
+                return "int8-rows"
+            case _:
+                return f"{self.quantization}-64{'-double' if self.double else ''}"
+
+    @property
+    def is_4bit(self) -> bool:
+        return self.quantization in ("nf4", "fp4")
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a server can hold a base in it."""
+        return self in (Scheme("nf4"), Scheme("none"))
+
+
+def quantized_folder(
+    folder: Path, scheme: Scheme, fingerprint: str, cache_dir: Path, *, progress: bool
+) -> Path:
+    """The quantised form of a model folder, made now if this machine has not made it before.
 
     Args:
-        fingerprint: of the folder under NF4_SCHEME; the key of the cache.
+        scheme: any but none.
+        fingerprint: of the folder under the scheme; the key of the cache.
     """
-    target = cache_dir / "nf4" / fingerprint.removeprefix("sha256:")[:32]
+    kind = scheme.quantization.upper()
+    target = cache_dir / scheme.quantization / fingerprint.removeprefix("sha256:")[:32]
     started = time.monotonic()
-    if make_once(target, lambda staged: _quantize(folder, staged, progress=progress)):
-        log.info("quantised %s to NF4 in %.1f s, kept in %s", folder.name, time.monotonic() - started, target)
+    if make_once(target, lambda staged: _quantize(folder, scheme, staged, progress=progress)):
+        took_s = time.monotonic() - started
+        log.info("quantised %s to %s in %.1f s, kept in %s", folder.name, kind, took_s, target)
     else:
-        log.info("quantisation of %s skipped: NF4 weights found in %s", folder.name, target)
+        log.info("quantisation of %s skipped: %s weights found in %s", folder.name, kind, target)
     return target
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Linear4bit | Linear8bitLt]:
+    """Every layer whose weight bitsandbytes keeps, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit | Linear8bitLt)
+    }
+
+
+def plain_weight(layer: nn.Module) -> Tensor:
+    """The [O, D] weight that a linear layer stands for, in float32, whichever way it is kept."""
+    if isinstance(layer, Linear4bit):
+        return dequantized_weight(layer)
+    if isinstance(layer, Linear8bitLt):
+        codes, scales = (layer.weight.CB, layer.weight.SCB)
+        if codes is None:  # the first product takes them over
+            codes, scales = layer.state.CB, layer.state.SCB
+        weight: Tensor = codes.float() * (scales.float()[:, None] / _INT8_STEPS)
+        return weight
+    assert isinstance(layer, nn.Linear), "every linear module of a base for training is one"
+    return layer.weight.detach().float()
 
 
 @contextmanager
@@ -51,29 +121,34 @@ def progress_bars(shown: bool) -> Iterator[None]:
         _set_progress_bars(before)
 
 
-def _quantize(folder: Path, staged: Path, *, progress: bool) -> None:
-    recipe = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=False,  # ours, below, whose sums do not depend on the number of threads
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+def _quantize(folder: Path, scheme: Scheme, staged: Path, *, progress: bool) -> None:
     with progress_bars(progress):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto",
-            quantization_config=recipe,
+            quantization_config=_bitsandbytes_config(scheme),
             device_map={"": "cpu"},
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
         )
-        for module in model.modules():
-            if isinstance(module, Linear4bit):
-                _quantize_scales(module.weight)
-        model.config.quantization_config.bnb_4bit_use_double_quant = True
+        if scheme.is_4bit and scheme.double:
+            for layer in quantized_layers(model).values():
+                _quantize_scales(layer.weight)
+            model.config.quantization_config.bnb_4bit_use_double_quant = True
         model.generation_config = GenerationConfig()  # the source's own stays with the source
         model.save_pretrained(staged)
+
+
+def _bitsandbytes_config(scheme: Scheme) -> Any:
+    if not scheme.is_4bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=scheme.quantization,
+        bnb_4bit_use_double_quant=False,  # ours, below, whose sums do not depend on the number of threads
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def _quantize_scales(weight: Any) -> None:

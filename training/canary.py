@@ -18,7 +18,7 @@ from torch import Tensor
 from adapters.base import Base
 from adapters.canary import MAX_NOISE, Canary, Probe, Step
 from training.encoding import Example
-from training.qlora import products_in
+from training.products import products_in
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from training.errors import DataError
 from training.readers import Place
-from training.recipe import LossOn, TooLong
+from training.recipe_checks import LossOn, TooLong
 from training.rows import Message, Row, shortened, turn
 
 Span = tuple[int, int]

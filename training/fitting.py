@@ -10,21 +10,23 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from peft import PeftModel
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.generic import is_flash_attention_requested
 
 from adapters.base import Base
+from training.attaching import takes_logits_to_keep
 from training.batches import Collator, PackCollator, Sequences, SequenceTrainer
 from training.curve import EvalPoint, LossPoint
 from training.data import TrainingData
 from training.errors import StoppedError
 from training.keeping import BestKeeper, CheckpointKeeper
 from training.noise import noisy_embeddings
+from training.optimizers import optimizer_name, own_optimizer
 from training.order import EpochCounter, LengthBuckets
-from training.qlora import optimizer_name, takes_logits_to_keep
+from training.products import is_autocast, name_of
+from training.prompts import TrailingPads
 from training.recipe import Recipe
 from training.recorder import TENSORBOARD, Recorder, evals, event_writer, losses
 from training.shared_prefix import SharedPrefixCollator, can_share
@@ -69,7 +71,7 @@ class Fit:
 
 
 def fit(
-    model: PeftModel,
+    model: Any,
     base: Base,
     data: TrainingData,
     recipe: Recipe,
@@ -98,12 +100,14 @@ def fit(
         seed=recipe.seed,
     )
     with _tracked(recipe, run) as trackers, noisy_embeddings(base.model, recipe.neftune_alpha):
+        arguments = _arguments(recipe, base, data, products, run.folder)
         trainer = _OrderedTrainer(
             model=model,
-            args=_arguments(recipe, base, data, run.folder),
+            args=arguments,
             train_dataset=Sequences(data.sequences),
             eval_dataset=Sequences(data.held_out) if data.held_out else None,
             data_collator=_collator(base, data, recipe),
+            optimizers=(own_optimizer(model, arguments, recipe), None),
             callbacks=[
                 EpochCounter(order, _steps_per_epoch(recipe, data)), Recorder(progress), *trackers,
                 *([] if best is None else [best]), keeper,
@@ -112,6 +116,7 @@ def fit(
         trainer.order = order
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(run.checkpoint.folder) if run.checkpoint else None)
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast was for training alone
     _check_not_stopped(trainer, stop, best)
     best_step = None if best is None else best.restore(model)
     history = trainer.state.log_history
@@ -121,7 +126,7 @@ def fit(
         seconds=keeper.seconds,
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         optimizer=optimizer_name(recipe, base.device),
-        products=str(products).removeprefix("torch."),
+        products=name_of(products),
         peak_memory_bytes=_peak_memory_bytes(base.device),
         losses=losses(history),
         evals=evals(history),
@@ -157,7 +162,9 @@ def _check_not_stopped(trainer: SequenceTrainer, stop: threading.Event, best: Be
         )
 
 
-def _arguments(recipe: Recipe, base: Base, data: TrainingData, folder: Path) -> TrainingArguments:
+def _arguments(
+    recipe: Recipe, base: Base, data: TrainingData, products: torch.dtype, folder: Path
+) -> TrainingArguments:
     on_cpu = base.device.type == "cpu"
     steps_per_epoch = _steps_per_epoch(recipe, data)
     steps = recipe.max_steps or math.ceil(recipe.epochs * steps_per_epoch)
@@ -169,7 +176,7 @@ def _arguments(recipe: Recipe, base: Base, data: TrainingData, folder: Path) -> 
         gradient_accumulation_steps=recipe.gradient_accumulation,
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps or -1,
-        learning_rate=recipe.learning_rate,
+        learning_rate=recipe.effective_learning_rate,
         lr_scheduler_type=_SCHEDULES[recipe.schedule],
         warmup_steps=math.floor(steps * recipe.warmup_ratio),  # its first step learns nothing: not of so few
         weight_decay=recipe.weight_decay,
@@ -178,6 +185,7 @@ def _arguments(recipe: Recipe, base: Base, data: TrainingData, folder: Path) -> 
         seed=recipe.seed,
         data_seed=recipe.seed,
         use_cpu=on_cpu,
+        bf16=is_autocast(base, products),
         dataloader_pin_memory=not on_cpu,
         include_num_input_tokens_seen="non_padding",
         eval_strategy="steps" if data.held_out else "no",
@@ -200,7 +208,9 @@ def _steps_per_epoch(recipe: Recipe, data: TrainingData) -> int:
 
 def _collator(
     base: Base, data: TrainingData, recipe: Recipe
-) -> Collator | PackCollator | SharedPrefixCollator:
+) -> Collator | PackCollator | SharedPrefixCollator | TrailingPads:
+    if recipe.kind.family in ("prefix", "prompt"):
+        return TrailingPads(_pad_id(base))
     answers_only = takes_logits_to_keep(base.model)
     if not recipe.packing:
         padded = Collator(_pad_id(base), answers_only=answers_only)

@@ -2,37 +2,36 @@
 
 The adapter was trained against the NF4 base, so it is folded into exactly those weights, dequantised: in
 float32, rounded once. (Requantising the sum and adding to the original 16-bit weights both lose what training
-corrected.) The model is a private copy; a base being served is never touched.
+corrected.) The model is a private copy; a base being served is never touched. DoRA, IA³ and biases, which no
+server applies, are folded by training/unserved.py.
 
 R rank, D in-features, O out-features.
 """
 
-import importlib.metadata
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from adapters.base import Base, Quantization, dequantized_base
+from adapters.base import Base, dequantized_base
 from adapters.bundle import Bundle, read_bundle
 from adapters.cache import publish_folder
-from adapters.errors import InvalidAdapterError, WrongBaseError
+from adapters.errors import WrongBaseError
 from adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_bounded
 from adapters.measures import in_digest_order, measure
-from adapters.quantize import progress_bars
-from adapters.spec import MAX_CONFIG_BYTES, AdapterSpec, parse_spec
+from adapters.quantize import Quantization
+from adapters.spec import MAX_CONFIG_BYTES, parse_spec
 from adapters.weights import LoraPair, load_pairs
+from training.model_folder import save_model, untie
+from training.unserved import Folded, fold_unserved
+from training.versions import installed_versions
 
 MERGE_FILE = "merge.json"
-_GENERATION_FILE = "generation_config.json"
-_PACKAGES = ("quickchange", "torch", "transformers", "bitsandbytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +58,7 @@ def merge_adapter(
     out_dir: Path,
     *,
     quantization: Quantization = "nf4",
+    double_quantization: bool = True,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     cache_dir: Path | None = None,
     progress: bool = True,
@@ -67,9 +67,9 @@ def merge_adapter(
 
     Args:
         base_source: as for `adapters.base.load_base`.
-        adapter_dir: a PEFT LoRA folder.
+        adapter_dir: a PEFT folder of LoRA, DoRA or IA³, or one of biases.
         out_dir: must not exist yet; appears complete or not at all.
-        quantization: of the base that the adapter was trained on.
+        quantization, double_quantization: of the base that the adapter was trained on.
         dtype: what the float32 sum is rounded to.
 
     Raises:
@@ -78,20 +78,24 @@ def merge_adapter(
     """
     if out_dir.exists():
         raise FileExistsError(f"{out_dir} exists already; remove it or choose another --out")
-    base = dequantized_base(base_source, quantization=quantization, cache_dir=cache_dir, progress=progress)
-    spec, bundle, pairs = _read_adapter(adapter_dir, base)
-    scalings = {module: scaling for module, (_, scaling) in spec.ranks_and_scalings(base.layout).items()}
-    measures = measure(spec, bundle, scalings, ((name, pairs[name]) for name in in_digest_order(pairs)))
+    base = dequantized_base(
+        base_source,
+        quantization=quantization,
+        double_quantization=double_quantization,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+    bundle = _checked_bundle(adapter_dir, base)
+    folded = fold_unserved(base, adapter_dir) or _fold_served(base, adapter_dir, bundle)
     report = MergeReport(
         folder=out_dir,
         base=base.name,
         base_fingerprint=base.fingerprint,
-        adapter_digest=measures.digest,
+        adapter_digest=folded.digest,
         dtype=dtype,
-        modules=len(pairs),
-        delta_norm=measures.delta_norm,
+        modules=folded.modules,
+        delta_norm=folded.delta_norm,
     )
-    fold(base, pairs, scalings)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     publish_folder(out_dir, lambda staged: _save(staged, base, bundle, report))
     return report
@@ -103,57 +107,42 @@ def fold(base: Base, pairs: Mapping[str, LoraPair], scalings: Mapping[str, float
     for name, pair in pairs.items():
         layer = base.model.get_submodule(name)
         if name == base.layout.head:
-            _untie(base.model, layer)
+            untie(base.model, layer)
         delta_OD = (pair.b_OR.float() @ pair.a_RD.float()) * scalings[name]
         layer.weight += _oriented(delta_OD, layer)
 
 
-def _read_adapter(folder: Path, base: Base) -> tuple[AdapterSpec, Bundle | None, Mapping[str, LoraPair]]:
-    spec = parse_spec(read_bounded(folder / CONFIG_FILE, MAX_CONFIG_BYTES))
+def _checked_bundle(folder: Path, base: Base) -> Bundle | None:
     bundle = read_bundle(folder)
     if bundle is not None and bundle.base_fingerprint != base.fingerprint:
         raise WrongBaseError(
-            f"{folder} was trained on base {bundle.base_fingerprint}; {base.name} as {base.quantization} is "
+            f"{folder} was trained on base {bundle.base_fingerprint}; {base.name} as {base.scheme.name} is "
             f"{base.fingerprint}; give the base and quantisation it was trained on"
         )
-    return spec, bundle, load_pairs(folder / WEIGHTS_FILE, spec, base.layout)
+    return bundle
+
+
+def _fold_served(base: Base, folder: Path, bundle: Bundle | None) -> Folded:
+    """What servers apply, read as they read it."""
+    spec = parse_spec(read_bounded(folder / CONFIG_FILE, MAX_CONFIG_BYTES))
+    pairs = load_pairs(folder / WEIGHTS_FILE, spec, base.layout)
+    scalings = {module: scaling for module, (_, scaling) in spec.ranks_and_scalings(base.layout).items()}
+    measures = measure(spec, bundle, scalings, ((name, pairs[name]) for name in in_digest_order(pairs)))
+    fold(base, pairs, scalings)
+    return Folded(measures.digest, len(pairs), measures.delta_norm)
 
 
 def _oriented(delta_OD: Tensor, layer: nn.Module) -> Tensor:
     return delta_OD.T if isinstance(layer, Conv1D) else delta_OD
 
 
-def _untie(model: Any, head: nn.Module) -> None:
-    """Gives the head a weight of its own: live, an adapter on the head does not change the embedding."""
-    embedding = model.get_input_embeddings()
-    if head.weight is not embedding.weight:
-        return
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
-
-
 def _save(folder: Path, base: Base, bundle: Bundle | None, report: MergeReport) -> None:
-    base.model.to(getattr(torch, report.dtype))
-    for name, parameter in base.model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise InvalidAdapterError(f"{name} overflows {report.dtype} after the merge; merge to float32")
-    base.model.config.dtype = report.dtype
-    if bundle is not None and bundle.chat_template is not None:
-        base.tokenizer.chat_template = bundle.chat_template
-    base.tokenizer.save_pretrained(folder)
-    original = base.folder / _GENERATION_FILE
-    if original.is_file():  # copied: save_pretrained refuses many that are published and work
-        base.model.generation_config = GenerationConfig()
-    with progress_bars(False):
-        base.model.save_pretrained(folder)
-    if original.is_file():
-        shutil.copyfile(original, folder / _GENERATION_FILE)
+    template = None if bundle is None else bundle.chat_template
+    save_model(folder, base, base.model, dtype=report.dtype, chat_template=template)
     (folder / MERGE_FILE).write_text(json.dumps(_facts(report), indent=2) + "\n")
 
 
 def _facts(report: MergeReport) -> dict[str, object]:
     """The report without its path, which means nothing on another machine, and the versions that made it."""
-    versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
     made_of = {name: value for name, value in asdict(report).items() if name != "folder"}
-    return {"format": 1} | made_of | {"versions": versions}
+    return {"format": 1} | made_of | {"versions": installed_versions()}

@@ -1,30 +1,32 @@
-"""Owns what a run leaves behind: the adapter's folder, and the report and curve beside it. Trains nothing."""
+"""Owns what a run leaves behind: the result's folder, and the report and curve beside it. Trains nothing.
 
-import importlib.metadata
+Validation and canary are for servers: what no server applies goes without, and training.json says why.
+"""
+
 import json
 import shutil
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
-
-from peft import PeftModel
+from typing import Any, Final
 
 from adapters.base import Base
 from adapters.bundle import Bundle
 from adapters.cache import publish_folder
+from adapters.canary import Canary
 from adapters.facts import AdapterFacts
-from adapters.files import ADAPTER_FILES, BUNDLE_FILE
+from adapters.files import BUNDLE_FILE
 from adapters.validate import validate_adapter
 from training.canary import probe_prompts, record_canary
 from training.curve import draw_loss_curve
 from training.data import TrainingData
 from training.fitting import Fit
 from training.recipe import Recipe
+from training.saving import save_trained
+from training.versions import installed_versions
 
 REPORT_FILE: Final = "training.json"
 CURVE_FILE: Final = "loss.png"
-
-_PACKAGES: Final = ("quickchange", "torch", "transformers", "peft", "bitsandbytes")
 
 
 def artefacts_folder(out: Path) -> Path:
@@ -32,62 +34,113 @@ def artefacts_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.training")
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was written.
+
+    Attributes:
+        artefacts: the folder with training.json and loss.png.
+        facts: of the adapter, as a server would find them; None of what no server applies.
+    """
+
+    artefacts: Path
+    facts: AdapterFacts | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Checks:
+    """What was found out about the result, or why not, for training.json."""
+
+    facts: AdapterFacts | None
+    validation: str
+    canary: str
+
+
 def write_outcome(
-    model: PeftModel, base: Base, data: TrainingData, recipe: Recipe, fit: Fit, events: Path
-) -> tuple[AdapterFacts, Path]:
-    """Writes OUT.training and OUT; returns the adapter as a server would find it, and OUT.training.
+    model: Any, base: Base, data: TrainingData, recipe: Recipe, fit: Fit, said: Sequence[str], events: Path
+) -> Outcome:
+    """Writes OUT.training and OUT.
 
     Args:
+        model: settled, as it is to be saved.
+        said: notices of this run.
         events: a folder of event files that moves into OUT.training, if it is there.
     """
-    facts: list[AdapterFacts] = []
+    artefacts = artefacts_folder(recipe.out)
+    checks: list[_Checks] = []
 
     def report(staged: Path) -> None:
-        _save_artefacts(staged, base, data, recipe, fit)
+        _save_artefacts(staged, base, data, recipe, fit, said, checks[0])
         if events.is_dir():
             shutil.copytree(events, staged / events.name)
 
-    def adapter(staged: Path) -> None:
-        _save_adapter(model, base, data, recipe, staged)
-        facts.append(validate_adapter(staged, base.layout, max_rank=recipe.rank))
+    def result(staged: Path) -> None:
+        checks.append(_save(model, base, data, recipe, staged))
+        shutil.rmtree(artefacts, ignore_errors=True)  # of a run that ended before its result was there
+        publish_folder(artefacts, report)
 
-    artefacts = artefacts_folder(recipe.out)
     recipe.out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(artefacts, ignore_errors=True)  # of a run that ended before its adapter was there
-    publish_folder(artefacts, report)
-    publish_folder(recipe.out, adapter)
-    return facts[0], artefacts
+    publish_folder(recipe.out, result)
+    return Outcome(artefacts, checks[0].facts)
 
 
-def _save_adapter(model: PeftModel, base: Base, data: TrainingData, recipe: Recipe, folder: Path) -> None:
-    config = model.peft_config[model.active_adapter]
-    config.base_model_name_or_path = base.name  # not where it lies on this machine
-    config.target_modules = sorted(config.target_modules)  # PEFT's set would come in another order each time
-    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-    for path in folder.iterdir():
-        if path.name not in ADAPTER_FILES:  # PEFT's model card, a form to be filled in
-            path.unlink()
-    prompts = probe_prompts(data.train, recipe.canary_probes, max_context_tokens=base.max_context_tokens)
+def _save(model: Any, base: Base, data: TrainingData, recipe: Recipe, folder: Path) -> _Checks:
+    save_trained(model, base, recipe, folder)
+    if recipe.kind.saved is None:
+        why = f"left out: {recipe.kind.why_not_served}"
+        return _Checks(None, validation=why, canary=why)
+    canary, said = _canary(model, base, data, recipe)
     bundle = Bundle(
         base_fingerprint=base.fingerprint,
         chat_template=base.chat_template,
         data_sha256=data.sha256,
         seed=recipe.seed,
-        canary=record_canary(model, base, prompts),
+        canary=canary,
     )
     (folder / BUNDLE_FILE).write_text(bundle.to_json())
+    if recipe.kind.why_not_served is not None:
+        return _Checks(None, validation=f"left out: {recipe.kind.why_not_served}", canary=said)
+    assert recipe.saved_rank is not None, "all that is served so far has a rank"
+    return _Checks(validate_adapter(folder, base.layout, max_rank=recipe.saved_rank), "passed", said)
 
 
-def _save_artefacts(folder: Path, base: Base, data: TrainingData, recipe: Recipe, fit: Fit) -> None:
+def _canary(model: Any, base: Base, data: TrainingData, recipe: Recipe) -> tuple[Canary | None, str]:
+    """The canary, and what became of it; it is for servers that hold this base and apply this method."""
+    if recipe.kind.why_not_served is not None:
+        return None, f"left out: {recipe.kind.why_not_served}"
+    if not base.scheme.is_served:
+        return None, f"left out: no server holds a base in {base.scheme.name}"
+    if not recipe.canary_probes:
+        return None, "left out: canary_probes is 0"
+    prompts = probe_prompts(data.train, recipe.canary_probes, max_context_tokens=base.max_context_tokens)
+    canary = record_canary(model, base, prompts)
+    return (
+        canary,
+        "recorded" if canary is not None else "left out: its prompts or its noise leave nothing to compare",
+    )
+
+
+def _save_artefacts(
+    folder: Path,
+    base: Base,
+    data: TrainingData,
+    recipe: Recipe,
+    fit: Fit,
+    said: Sequence[str],
+    checks: _Checks,
+) -> None:
     report = {
         "format": 1,
         "recipe": recipe.to_mapping(),
         "base": {"name": base.name, "fingerprint": base.fingerprint, "quantization": base.quantization},
         "data": asdict(data.report) | {"sha256": data.sha256, "eval_sha256": data.eval_sha256},
         "fit": asdict(fit) | {"tokens_per_s": fit.tokens_per_s, "final_loss": fit.final_loss},
-        "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
+        "checks": {"validation": checks.validation, "canary": checks.canary},
+        "notices": list(said),
+        "versions": installed_versions(),
     }
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    rank = "" if recipe.saved_rank is None else f" r={recipe.rank}"
     learned = f"{data.report.train.rows} rows, {fit.steps} steps"
-    title = f"{recipe.out.name}: {recipe.method} r={recipe.rank}, {learned}"
+    title = f"{recipe.out.name}: {recipe.method}{rank}, {learned}"
     draw_loss_curve(fit.losses, fit.evals, folder / CURVE_FILE, title=title)

@@ -1,7 +1,8 @@
-"""Owns every setting of a training run: its default, its range, its file form. Knows no torch.
+"""Owns every setting of a training run and its default. Knows no torch.
 
 Settings come, weakest first, from their defaults, a YAML file (`Recipe.from_file`) and whatever the caller
-overrides, such as command-line flags.
+overrides, such as command-line flags. What values may be stands in training/recipe_checks.py, what a method
+is in training/methods.py.
 """
 
 import dataclasses
@@ -9,57 +10,30 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
-
-import yaml  # type: ignore[import-untyped]  # PyYAML carries no types
+from typing import Any, Final
 
 from training.errors import RecipeError
-
-Method = Literal["lora", "qlora", "rslora"]
-Schedule = Literal["cosine", "linear", "constant"]
-Optimizer = Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"]
-Products = Literal["auto", "bfloat16", "float32"]
-Device = Literal["auto", "cpu", "cuda"]
-LossOn = Literal["completions", "all"]
-TooLong = Literal["cut", "drop", "fail"]
+from training.methods import OWN_SETTINGS, Method, MethodName, Quantization, method_named
+from training.recipe_checks import (
+    Device,
+    LossOn,
+    Optimizer,
+    Preset,
+    Products,
+    QuantizationChoice,
+    Schedule,
+    TooLong,
+    check_base,
+    check_known,
+    check_together,
+    check_values,
+)
+from training.recipe_file import read_recipe_file
 
 ALL_LINEAR: Final = "all-linear"
-_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
-    "method": get_args(Method),
-    "schedule": get_args(Schedule),
-    "optimizer": get_args(Optimizer),
-    "products": get_args(Products),
-    "device": get_args(Device),
-    "loss_on": get_args(LossOn),
-    "on_too_long": get_args(TooLong),
-}
-# Kind of number, lowest and highest value that make sense, both allowed.
-_RANGES: Final[Mapping[str, tuple[type, float, float]]] = {
-    "rank": (int, 1, 1024),
-    "alpha": (float, 1e-3, 1e5),
-    "dropout": (float, 0, 0.9),
-    "epochs": (float, 1e-3, 1e4),
-    "max_steps": (int, 1, 1e7),
-    "learning_rate": (float, 1e-8, 1),
-    "batch_size": (int, 1, 4096),
-    "gradient_accumulation": (int, 1, 4096),
-    "max_length": (int, 8, 1e6),
-    "warmup_ratio": (float, 0, 0.9),
-    "weight_decay": (float, 0, 1),
-    "max_gradient_norm": (float, 1e-3, 1e6),
-    "eval_fraction": (float, 0, 0.5),
-    "evals_per_epoch": (int, 1, 1000),
-    "early_stopping": (int, 1, 1000),
-    "neftune_alpha": (float, 0, 1000),
-    "checkpoint_every_s": (float, 0, 1e6),
-    "canary_probes": (int, 0, 16),
-    "seed": (int, 0, 2**32 - 1),
-}
-_MAY_BE_OPEN: Final = ("alpha", "max_steps", "early_stopping")
 _PATHS: Final = ("data", "out")
 _LISTS: Final = ("target_modules", "trackers")
 _OPEN_PATHS: Final = ("eval_data",)
-_SWITCHES: Final = ("gradient_checkpointing", "packing", "share_prefixes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,18 +42,23 @@ class Recipe:
 
     Attributes:
         data: JSON lines, CSV or Parquet; training/rows.py says which rows.
-        out: the adapter's folder; must not exist. Metrics and the loss curve appear beside it: OUT.training.
+        out: the result's folder; must not exist. Metrics and the loss curve appear beside it: OUT.training.
         base: a model folder, a GGUF file, a hub id, or smollm2.
-        method: "qlora" trains on the NF4 base that `quickchange serve` keeps resident; "rslora" does too, but
-            scales by α/√r instead of α/r; "lora" trains on the unquantised base, for servers started with
-            --quantization none.
+        method: one of training/methods.py. "qlora" trains on the NF4 base that `quickchange serve` keeps
+            resident; "lora" on the unquantised base, for servers started with --quantization none.
+        quantization: of the base; "auto" is the method's own. What comes of it fits a base quantised the same
+            way and no other.
+        double_quantization: whether a 4-bit base's scales are quantised again; None is yes, as servers do.
         rank: r; 8 to 32 are usual.
         alpha: α; None is 2 r.
         dropout: of the adapter's input.
-        target_modules: "all-linear", or names of modules such as ("q_proj", "v_proj").
+        target_modules: "all-linear", "attention", "qv", "mlp", or names of modules such as
+            ("q_proj", "v_proj"); None is all-linear, for ia3 keys, values and the MLP's last layer.
+        lora_plus_ratio: of B's learning rate to A's.
+        virtual_tokens: learned positions before the prompt.
         epochs: passes over the data; may be a fraction.
         max_steps: stops after so many optimizer steps; None for all epochs.
-        learning_rate: at the end of the warm-up.
+        learning_rate: at the end of the warm-up; None is the method's own.
         schedule: of the learning rate after the warm-up.
         warmup_ratio: part of all steps over which the learning rate rises from nought.
         batch_size: rows in one forward pass.
@@ -91,10 +70,10 @@ class Recipe:
             less work; loss and gradients are the same.
         packing: puts several rows into one sequence of at most max_length tokens; none sees another.
         loss_on: "completions" learns answers alone, "all" questions too.
-        weight_decay: of the adapter's weights.
+        weight_decay: of the weights that are trained.
         max_gradient_norm: longer gradients are shortened to this.
         optimizer: "auto" is paged_adamw_8bit on CUDA and adamw on a CPU.
-        products: type of the frozen layers' matrix products; "auto" takes the faster one on a CPU.
+        products: type of matrix products with the base's weights; "auto" takes the faster one on a CPU.
         eval_fraction: part of the rows that is held out, and whose loss is measured in between.
         eval_data: a file of rows for that, in place of a part of `data`.
         evals_per_epoch: how often it is.
@@ -106,26 +85,30 @@ class Recipe:
             that are installed, such as "wandb" or "mlflow".
         canary_probes: prompts of the data that travel with the adapter, with what it answers to them, so that
             a server can check that it answers the same; 0 for none.
-        seed: of the adapter's first weights, the split and the order of rows.
+        seed: of the first weights, the split and the order of rows.
         device: "auto" is CUDA if there is one.
         publish: HOST:PORT of the server to upload the adapter to; None to leave it in `out`.
         name: what it is called there; needed with `publish`.
 
     Raises:
-        RecipeError: a value is out of its range.
+        RecipeError: a value is out of its range, or a setting is none of the method's.
     """
 
     data: Path
     out: Path
     base: str = "smollm2"
-    method: Method = "qlora"
+    method: MethodName = "qlora"
+    quantization: QuantizationChoice = "auto"
+    double_quantization: bool | None = None
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
-    target_modules: Literal["all-linear"] | tuple[str, ...] = ALL_LINEAR
+    target_modules: Preset | tuple[str, ...] | None = None
+    lora_plus_ratio: float = 16.0
+    virtual_tokens: int = 20
     epochs: float = 3.0
     max_steps: int | None = None
-    learning_rate: float = 2e-4
+    learning_rate: float | None = None
     schedule: Schedule = "cosine"
     warmup_ratio: float = 0.05
     batch_size: int = 8
@@ -154,22 +137,13 @@ class Recipe:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        for field, choices in _CHOICES.items():
-            _check_choice(field, getattr(self, field), choices)
-        for field, (kind, low, high) in _RANGES.items():
-            _check_number(field, getattr(self, field), kind, low, high)
-        for field in _SWITCHES:
-            _check_switch(field, getattr(self, field))
-        _check_targets(self.target_modules)
-        _check_trackers(self.trackers)
-        if self.eval_data is not None and self.eval_fraction > 0:
-            raise RecipeError("eval_data and eval_fraction are both given; give the one or the other")
-        if self.early_stopping is not None and self.eval_data is None and self.eval_fraction == 0:
-            raise RecipeError("early_stopping needs held-out rows; set eval_fraction or eval_data")
-        if self.packing and self.neftune_alpha > 0:
-            raise RecipeError(
-                "neftune_alpha depends on the length of a row, which packing hides; give the one or the other"
-            )
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        kind = method_named(self.method)
+        check_values(values)
+        changed = (f.name for f in dataclasses.fields(self) if values[f.name] != f.default)
+        check_known(kind, changed, source="the recipe")
+        check_base(kind, self.base_quantization, self.double_quantization)
+        check_together(kind, values)
         if self.publish is not None and not self.name:
             raise RecipeError(f"publish is {self.publish}, but no name is given; say what to call it there")
 
@@ -187,7 +161,10 @@ class Recipe:
         for name in _PATHS:
             if values.get(name) is None:
                 raise RecipeError(f"{source} does not set {name}; it is needed")
-        return cls(**{name: _converted(name, value) for name, value in values.items()})
+        given = {name: _converted(name, value) for name, value in values.items()}
+        kind = method_named(given.get("method", fields["method"].default))
+        check_known(kind, (name for name, value in given.items() if value is not None), source=source)
+        return cls(**given)
 
     @classmethod
     def from_file(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> "Recipe":
@@ -196,36 +173,53 @@ class Recipe:
         return cls.from_mapping(read_recipe_file(path) | given, source=str(path))
 
     @property
+    def kind(self) -> Method:
+        """The method's row in the table."""
+        return method_named(self.method)
+
+    @property
     def effective_alpha(self) -> float:
         """α, chosen by the rank where it was left open."""
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
     @property
-    def quantization(self) -> Literal["nf4", "none"]:
+    def effective_learning_rate(self) -> float:
+        """The learning rate, the method's own where it was left open."""
+        return self.kind.learning_rate if self.learning_rate is None else self.learning_rate
+
+    @property
+    def saved_rank(self) -> int | None:
+        """The rank of the adapter that comes of it; None if it has none."""
+        return self.rank * self.kind.rank_factor if "rank" in self.kind.settings else None
+
+    @property
+    def base_quantization(self) -> Quantization:
         """How the base is loaded."""
-        return "none" if self.method == "lora" else "nf4"
+        return self.kind.quantizations[0] if self.quantization == "auto" else self.quantization
+
+    @property
+    def quantizes_scales(self) -> bool:
+        """Whether the base's scales are quantised too, where it has any."""
+        return self.double_quantization is not False
+
+    @property
+    def merge_command(self) -> str:
+        """What makes a plain model of the result, but for paths."""
+        plain = "" if self.quantizes_scales else " --no-double-quantization"
+        return f"quickchange merge --quantization {self.base_quantization}{plain}"
+
+    @property
+    def afterwards(self) -> str:
+        """What to do with the result if no server applies it."""
+        return self.kind.afterwards.format(merge=self.merge_command, out=self.out)
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain values, as a recipe file would hold them."""
-        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
-
-
-def read_recipe_file(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, unchecked.
-
-    Raises:
-        RecipeError: it cannot be read, or is no mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        why = " ".join(str(error).split())
-        raise RecipeError(f"{path} is not YAML ({why})") from None
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise RecipeError(f"{path} must hold lines such as `rank: 16`")
-    return values
+        """Plain values, as a recipe file would hold them; without settings that the method does not know."""
+        return {
+            name: _plain(value)
+            for name, value in dataclasses.asdict(self).items()
+            if name not in OWN_SETTINGS or name in self.kind.settings
+        }
 
 
 def _plain(value: Any) -> Any:
@@ -240,45 +234,6 @@ def _converted(name: str, value: Any) -> Any:
     if name in _LISTS and isinstance(value, list):  # YAML and flags know no tuples
         return tuple(value)
     return value
-
-
-def _check_targets(value: object) -> None:
-    names = value if isinstance(value, tuple) else ()
-    if value != ALL_LINEAR and not (names and all(isinstance(name, str) and name for name in names)):
-        raise RecipeError(
-            f"target_modules is {value!r}, must be {ALL_LINEAR} or names of modules such as q_proj, v_proj"
-        )
-
-
-def _check_trackers(value: object) -> None:
-    if not isinstance(value, tuple) or not all(isinstance(name, str) and name for name in value):
-        raise RecipeError(f"trackers is {value!r}, must be a list of names such as tensorboard, or empty")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise RecipeError(f"{name} is {value!r}, must be one of {', '.join(choices)}")
-
-
-def _check_switch(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise RecipeError(f"{name} is {value!r}, must be true or false")
-
-
-def _check_number(name: str, value: object, kind: type, low: float, high: float) -> None:
-    if value is None and name in _MAY_BE_OPEN:
-        return
-    wanted = f"a{' whole' if kind is int else ''} number from {low:g} to {high:g}"
-    allowed = int if kind is int else int | float
-    if isinstance(value, bool) or not isinstance(value, allowed):
-        raise RecipeError(f"{name} is {value!r}, must be {wanted}{_yaml_hint(value)}")
-    if not low <= value <= high:  # NaN fails too
-        raise RecipeError(f"{name} is {value}, must be {wanted}")
-
-
-def _yaml_hint(value: object) -> str:
-    """YAML 1.1 reads 2e-4 as text."""
-    return "; in YAML write 2.0e-4 for 2e-4" if isinstance(value, str) and "e" in value else ""
 
 
 def _nearest(name: str, known: Mapping[str, object]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from adapters.base import Base
 from training.batches import IGNORED, Batch, Collator, labels_of, learned_columns
 from training.encoding import Example
-from training.qlora import products_in
+from training.products import products_in
 
 log = logging.getLogger(__name__)
 

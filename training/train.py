@@ -1,11 +1,13 @@
-"""Owns a training run from recipe to adapter folder. Knows no commands and no demo.
+"""Owns a training run from recipe to result. Knows no commands and no demo.
 
 Afterwards there are two folders, each of which appears complete or not at all:
 
-OUT            exactly an adapter: adapter_config.json, adapter_model.safetensors, quickchange.json
+OUT            exactly an adapter: adapter_config.json, adapter_model.safetensors, quickchange.json; of method
+               full a model folder
 OUT.training   how it came about: training.json, loss.png, TensorBoard's event files
 """
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,18 +19,23 @@ from transformers import set_seed
 
 from adapters.base import Base, load_base
 from adapters.facts import AdapterFacts
+from adapters.quantize import Scheme
 from adapters.text import BaseText, load_text
+from training.attaching import attached, check_attachable
 from training.data import TrainingData, prepare
 from training.data_report import DataReport
 from training.encoding import RowEncoder
 from training.errors import RecipeError
 from training.fitting import Fit, fit
+from training.notices import notices
 from training.outcome import write_outcome
-from training.publish import check_server, publish_adapter
-from training.qlora import attached, products_dtype
+from training.products import name_of, products_dtype
+from training.publish import Resident, check_resident, publish_adapter, resident_at
 from training.recipe import Recipe
 from training.recorder import check_trackers
 from training.unfinished import Start, UnfinishedRun
+
+log = logging.getLogger(__name__)
 
 _WITHOUT_EFFECT: Final = ("out", "checkpoint_every_s", "trackers", "canary_probes", "publish", "name")
 """Settings that a run may change when it goes on."""
@@ -39,15 +46,15 @@ class TrainingResult:
     """A finished run.
 
     Attributes:
-        out: the adapter's folder.
+        out: the result's folder.
         artefacts: the folder with training.json and loss.png.
-        facts: of the adapter, as a server would find them.
+        facts: of the adapter, as a server would find them; None of what no server applies.
         published: "name@version" on the server; None if it was not uploaded.
     """
 
     out: Path
     artefacts: Path
-    facts: AdapterFacts
+    facts: AdapterFacts | None
     data: DataReport
     fit: Fit
     published: str | None
@@ -62,11 +69,11 @@ def train(
     progress: bool = True,
     on_data: Callable[[DataReport], None] = lambda _: None,
 ) -> TrainingResult:
-    """Trains an adapter and writes it to recipe.out.
+    """Trains by the recipe's method and writes what comes of it to recipe.out.
 
     Args:
         base: loaded with purpose="train", as the recipe wants it, so that several runs can share it; None
-            loads recipe.base. It is given back without the adapter.
+            loads recipe.base. It is given back as it was.
         start: what to do if an earlier run towards recipe.out left a checkpoint: "new" refuses, "resume" goes
             on from it, exactly as if it had never stopped, "restart" removes it. Without one all three begin.
         stop: ends the run after its step, with a checkpoint, once it is set.
@@ -81,9 +88,11 @@ def train(
     """
     _check_out(recipe)
     check_trackers(recipe.trackers)
+    resident = resident_at(recipe)
     with UnfinishedRun(recipe.out, start) as run:
         base = base or _load(recipe, progress)
-        result = _run(recipe, base, run, stop or threading.Event(), progress, on_data)
+        said = _checked(recipe, base, resident)
+        result = _run(recipe, base, run, stop or threading.Event(), said, progress, on_data)
         run.finished()
     return replace(result, published=_publish(recipe, progress))
 
@@ -93,28 +102,38 @@ def _run(
     base: Base,
     run: UnfinishedRun,
     stop: threading.Event,
+    said: list[str],
     progress: bool,
     on_data: Callable[[DataReport], None],
 ) -> TrainingResult:
-    """Everything but the upload."""
-    _check_fits(base, recipe)
-    if recipe.publish is not None:
-        check_server(recipe.publish, base.fingerprint)
+    """Everything from the first row to the result on disk."""
     data = prepare(recipe, _encoder(recipe, base))
     on_data(data.report)
     products = _products(recipe, base, run)
     run.identify(_identity(recipe, base, data, products))
     set_seed(recipe.seed)
-    with attached(base, recipe, products) as model:
-        fitted = fit(model, base, data, recipe, products, run, progress=progress, stop=stop)
-        facts, artefacts = write_outcome(model, base, data, recipe, fitted, run.events)
-    return TrainingResult(recipe.out, artefacts, facts, data.report, fitted, published=None)
+    with attached(base, recipe, products) as trainee:
+        fitted = fit(trainee.model, base, data, recipe, products, run, progress=progress, stop=stop)
+        outcome = write_outcome(trainee.settled(), base, data, recipe, fitted, said, run.events)
+    return TrainingResult(recipe.out, outcome.artefacts, outcome.facts, data.report, fitted, published=None)
+
+
+def _checked(recipe: Recipe, base: Base, resident: Resident | None) -> list[str]:
+    """Refuses, before a row is read, what cannot come to anything; returns what was said besides."""
+    _check_fits(base, recipe)
+    check_attachable(base, recipe)
+    if resident is not None:
+        check_resident(recipe, resident, base)
+    said = notices(recipe, base)
+    for notice in said:
+        log.warning(notice)
+    return said
 
 
 def _products(recipe: Recipe, base: Base, run: UnfinishedRun) -> torch.dtype:
     """As the run that goes on had them: measured anew, "auto" might choose the other type."""
     recorded = run.recorded().get("products") if run.checkpoint is not None else None
-    return products_dtype(recipe, base.device) if recorded is None else getattr(torch, recorded)
+    return products_dtype(recipe, base) if recorded is None else getattr(torch, recorded)
 
 
 def _identity(recipe: Recipe, base: Base, data: TrainingData, products: torch.dtype) -> dict[str, Any]:
@@ -124,7 +143,7 @@ def _identity(recipe: Recipe, base: Base, data: TrainingData, products: torch.dt
         "base": base.fingerprint,
         "data": data.sha256,
         "eval_data": data.eval_sha256,
-        "products": str(products).removeprefix("torch."),
+        "products": name_of(products),
     }
 
 
@@ -149,26 +168,30 @@ def _load(recipe: Recipe, progress: bool) -> Base:
     return load_base(
         recipe.base,
         purpose="train",
-        quantization=recipe.quantization,
+        quantization=recipe.base_quantization,
+        double_quantization=recipe.quantizes_scales,
+        dtype="float32" if recipe.kind.family == "own_weights" else "auto",
         device=recipe.device,
         progress=progress,
     )
 
 
 def _check_fits(base: Base, recipe: Recipe) -> None:
-    if base.quantization != recipe.quantization:
+    wanted = Scheme(recipe.base_quantization, recipe.quantizes_scales)
+    if base.scheme.name != wanted.name:
         raise RecipeError(
-            f"method {recipe.method} trains on quantization {recipe.quantization}, the base given has "
-            f"{base.quantization}"
+            f"method {recipe.method} trains on quantization {wanted.name}, the base given has "
+            f"{base.scheme.name}"
         )
 
 
 def _encoder(recipe: Recipe, text: Base | BaseText) -> RowEncoder:
+    learned = recipe.virtual_tokens if "virtual_tokens" in recipe.kind.settings else 0
     return RowEncoder(
         text.tokenizer,
         text.chat_template,
         text.eos_token_ids,
-        min(recipe.max_length, text.max_context_tokens),
+        min(recipe.max_length, text.max_context_tokens - learned),
         loss_on=recipe.loss_on,
         on_too_long=recipe.on_too_long,
     )

@@ -27,9 +27,15 @@ def add_parser(subparsers: "Subparsers") -> None:
     )
     parser.add_argument(
         "--quantization",
-        choices=("nf4", "none"),
+        choices=("nf4", "fp4", "int8", "none"),
         default="nf4",
         help="of the base that the adapter was trained on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--double-quantization",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether that base's 4-bit scales were quantised again (yes)",
     )
     parser.add_argument(
         "--dtype",
@@ -51,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
             args.adapter,
             args.out,
             quantization=args.quantization,
+            double_quantization=args.double_quantization,
             dtype=args.dtype,
             progress=progress_of(args),
         )

@@ -39,7 +39,7 @@ class _Flag(NamedTuple):
 
 def _modules(text: str) -> str | tuple[str, ...]:
     names = tuple(name for name in text.split(",") if name)
-    return text if names == ("all-linear",) else names
+    return text if names in (("all-linear",), ("attention",), ("qv",), ("mlp",)) else names
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -48,21 +48,21 @@ def _names(text: str) -> tuple[str, ...]:
 
 _FLAGS = (
     _Flag("data", Path, "FILE", "rows to learn from: JSON lines, CSV or Parquet"),
-    _Flag("out", Path, "DIR", "the adapter's folder; must not exist"),
+    _Flag("out", Path, "DIR", "the result's folder; must not exist"),
     _Flag("base", str, "SOURCE", "folder, GGUF file, hub id, or smollm2 (smollm2)"),
     _Flag(
-        "method",
-        str,
-        "NAME",
-        "qlora, rslora (both on the NF4 base), or lora (on the unquantised one) (qlora)",
+        "method", str, "NAME", "qlora, lora, dora, ia3, full, …; docs/guides/training.md lists them (qlora)"
     ),
+    _Flag("quantization", str, "NAME", "of the base: auto, nf4, fp4, int8 or none (auto)"),
     _Flag("rank", int, "R", "width of the update (16)"),
     _Flag("alpha", float, "A", "weight of the update (twice the rank)"),
     _Flag("dropout", float, "P", "of the adapter's input (0)"),
-    _Flag("target_modules", _modules, "NAMES", "all-linear, or module names with commas (all-linear)"),
+    _Flag("target_modules", _modules, "NAMES", "all-linear, attention, qv, mlp, or module names with commas"),
+    _Flag("lora_plus_ratio", float, "X", "of B's learning rate to A's, for lora_plus (16)"),
+    _Flag("virtual_tokens", int, "N", "learned before the prompt, for prefix and prompt (20)"),
     _Flag("epochs", float, "N", "passes over the data (3)"),
     _Flag("max_steps", int, "N", "stop after so many optimizer steps"),
-    _Flag("learning_rate", float, "X", "at the end of the warm-up (2e-4)"),
+    _Flag("learning_rate", float, "X", "at the end of the warm-up (the method's own)"),
     _Flag("schedule", str, "NAME", "cosine, linear or constant (cosine)"),
     _Flag("warmup_ratio", float, "P", "part of the steps in which the rate rises (0.05)"),
     _Flag("batch_size", int, "N", "rows in one forward pass (8)"),
@@ -72,8 +72,8 @@ _FLAGS = (
     _Flag("loss_on", str, "WHAT", "is learned: completions, or all (completions)"),
     _Flag("weight_decay", float, "X", "of the adapter's weights (0)"),
     _Flag("max_gradient_norm", float, "X", "longer gradients are shortened (1)"),
-    _Flag("optimizer", str, "NAME", "auto, adamw, adamw_8bit or paged_adamw_8bit (auto)"),
-    _Flag("products", str, "TYPE", "of the frozen layers: auto, bfloat16 or float32 (auto)"),
+    _Flag("optimizer", str, "NAME", "auto, adamw, adamw_8bit, paged_adamw or paged_adamw_8bit (auto)"),
+    _Flag("products", str, "TYPE", "with the base's weights: auto, bfloat16 or float32 (auto)"),
     _Flag("eval_fraction", float, "P", "part of the rows that is held out (0)"),
     _Flag("eval_data", Path, "FILE", "rows to hold out, in place of a part of the data"),
     _Flag("evals_per_epoch", int, "N", "how often their loss is measured (1)"),
@@ -90,7 +90,7 @@ _FLAGS = (
 
 
 def add_parser(subparsers: "Subparsers") -> None:
-    parser = add_command(subparsers, "train", "train an adapter", _EXAMPLES)
+    parser = add_command(subparsers, "train", "train an adapter, or a model", _EXAMPLES)
     parser.add_argument("--config", type=Path, metavar="FILE", help="a recipe, as YAML; flags win over it")
     for flag in _FLAGS:
         parser.add_argument(
@@ -118,6 +118,12 @@ def add_parser(subparsers: "Subparsers") -> None:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="put several rows into one sequence of --max-length tokens (no)",
+    )
+    parser.add_argument(
+        "--double-quantization",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="quantise a 4-bit base's scales again, as servers do (yes)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="say what there is to learn, load no weights, write nothing"
@@ -176,7 +182,8 @@ def _recipe(args: argparse.Namespace) -> "Recipe":
     from training.errors import RecipeError
     from training.recipe import Recipe
 
-    names = [*(flag.name for flag in _FLAGS), "gradient_checkpointing", "share_prefixes", "packing"]
+    switches = ("gradient_checkpointing", "share_prefixes", "packing", "double_quantization")
+    names = [*(flag.name for flag in _FLAGS), *switches]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
         if args.config is not None:

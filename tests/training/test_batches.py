@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from tests.models import ARCHITECTURES, VOCABULARY, Architecture, build_tiny_model, build_tokenizer
+from training.attaching import takes_logits_to_keep
 from training.batches import IGNORED, Collator, PackCollator, Sequences
 from training.encoding import Example, RowEncoder
 from training.packing import Pack, alone, packed
-from training.qlora import takes_logits_to_keep
 from training.readers import Place
 from training.rows import Row
 

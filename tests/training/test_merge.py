@@ -137,7 +137,7 @@ def test_the_folder_is_complete_and_says_what_it_is_made_of(
     assert facts["dtype"] == "bfloat16"
     assert facts["modules"] == 6
     assert facts["delta_norm"] > 0
-    assert set(facts["versions"]) == {"quickchange", "torch", "transformers", "bitsandbytes"}
+    assert set(facts["versions"]) == {"quickchange", "torch", "transformers", "peft", "bitsandbytes"}
     assert str(tmp_path) not in "".join(path.read_text() for path in out.glob("*.json"))
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template == "{{ messages }}"

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from adapters.base import Base, load_base
 from tests.models import build_tiny_model
+from training.attaching import attached
 from training.batches import IGNORED, Collator, SequenceTrainer
 from training.encoding import Example
-from training.qlora import attached
 from training.recipe import Recipe
 from training.shared_prefix import SharedPrefixCollator, can_share, common_beginning, one_sequence
 from training.train import train
@@ -47,7 +47,8 @@ def both(base: Base, *, answers_only: bool = True) -> tuple[Collator, SharedPref
 def gradients(base: Base, recipe: Recipe, batch: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
     """Of one batch, as the Trainer computes it."""
     torch.manual_seed(0)
-    with attached(base, recipe, torch.float32) as model:
+    with attached(base, recipe, torch.float32) as trainee:
+        model = trainee.model
         for name, parameter in model.named_parameters():  # else B is zero, and A has no gradient
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch.nn import functional as F
 from adapters.base import Base, dequantized_model, load_base
 from adapters.bundle import read_bundle
 from adapters.nf4 import fused_kernel_works
+from adapters.quantize import Scheme
 from adapters.validate import validate_adapter
 from tests.models import build_tiny_model
+from training.attaching import attached
 from training.batches import Collator, Sequences
 from training.data import prepare
 from training.data_report import DataReport
@@ -22,7 +25,8 @@ from training.encoding import Example, RowEncoder
 from training.errors import DataError, DivergedError, PublishError, RecipeError
 from training.outcome import artefacts_folder
 from training.packing import alone
-from training.qlora import attached, lora_config, products_dtype
+from training.peft_configs import lora_config
+from training.products import products_dtype
 from training.readers import Place
 from training.recipe import Recipe
 from training.recorder import Recorder
@@ -185,7 +189,8 @@ def test_gradients_stay_right_through_an_evaluation(
     randomize(oracle)
     expected = gradients(oracle, batch)
     recipe = recipe_for(data, data.with_name("unused"))
-    with attached(base, recipe, torch.float32) as model:
+    with attached(base, recipe, torch.float32) as trainee:
+        model = trainee.model
         randomize(model)
         model.train()
         before = gradients(model, batch)
@@ -202,7 +207,8 @@ def test_gradients_stay_right_through_an_evaluation(
 def test_the_hazard_is_real(base: Base, folder: Path, base_cache: Path, batch: dict[str, Any]) -> None:
     """The control of the test above: with bitsandbytes' own repacking the gradients do go wrong."""
     own = load_base(str(folder), purpose="train", device="cpu", cache_dir=base_cache, progress=False)
-    with attached(own, Recipe(data=Path("x"), out=Path("y"), rank=4), torch.bfloat16) as model:
+    with attached(own, Recipe(data=Path("x"), out=Path("y"), rank=4), torch.bfloat16) as trainee:
+        model = trainee.model
         randomize(model)
         before = gradients(model.train(), batch)
         for module in own.model.modules():
@@ -218,7 +224,8 @@ def test_the_hazard_is_real(base: Base, folder: Path, base_cache: Path, batch: d
 def test_bfloat16_products_change_little(base: Base, data: Path, batch: dict[str, Any]) -> None:
     found = []
     for products in (torch.float32, torch.bfloat16):
-        with attached(base, recipe_for(data, data.with_name("unused")), products) as model:
+        with attached(base, recipe_for(data, data.with_name("unused")), products) as trainee:
+            model = trainee.model
             randomize(model)
             found.append(gradients(model.train(), batch))
     assert F.cosine_similarity(found[0], found[1], dim=0) > 0.999
@@ -229,7 +236,8 @@ def test_the_loss_is_that_of_the_answers_alone(
     base: Base, batch: dict[str, Any], oracle: PeftModel, data: Path
 ) -> None:
     """Left padding and left-out logits change nothing: each row alone, in plain float32, gives the same."""
-    with attached(base, recipe_for(data, data.with_name("unused")), torch.float32) as model:
+    with attached(base, recipe_for(data, data.with_name("unused")), torch.float32) as trainee:
+        model = trainee.model
         loss = float(model(**batch).loss.detach())
     total = count = 0.0
     keep = batch["logits_to_keep"]
@@ -308,7 +316,7 @@ def test_checkpointing_computes_the_same(base: Base, data: Path) -> None:
     assert not base.model.is_gradient_checkpointing
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
 def test_optimizers(base: Base, data: Path, optimizer: str) -> None:
     result = run(base, data, optimizer=optimizer, epochs=6.0)
     assert result.fit.final_loss < 0.5 * result.fit.losses[0].loss
@@ -322,7 +330,8 @@ def test_the_end_is_learned_though_it_is_the_padding(base: Base, data: Path) -> 
         data.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in PAIRS * 8))
         recipe = recipe_for(data, data.with_name("unused"), epochs=10.0, learning_rate=1e-2)
         result = run(base, data, epochs=20.0, learning_rate=1e-2)
-        with attached(base, recipe, torch.float32) as model:
+        with attached(base, recipe, torch.float32) as trainee:
+            model = trainee.model
             model.load_adapter(result.out, "trained", is_trainable=False)
             model.set_adapter("trained")
             answers = [answer_ids(model, base, prompt) for prompt, _ in PAIRS]
@@ -346,12 +355,27 @@ def answer_ids(model: PeftModel, base: Base, prompt: str) -> list[int]:
     return list(generated[0, ids.shape[1] :].tolist())
 
 
-def test_products_are_chosen_by_measurement_only_if_open() -> None:
-    cpu = torch.device("cpu")
-    recipe = Recipe(data=Path("x"), out=Path("y"), products="float32")
-    assert products_dtype(recipe, cpu) is torch.float32
-    assert products_dtype(Recipe(data=Path("x"), out=Path("y")), cpu) in (torch.float32, torch.bfloat16)
-    assert products_dtype(Recipe(data=Path("x"), out=Path("y")), torch.device("cuda")) is torch.bfloat16
+@pytest.mark.parametrize(
+    ("quantization", "device", "products", "expected"),
+    [
+        ("nf4", "cpu", "float32", {torch.float32}),
+        ("nf4", "cpu", "auto", {torch.float32, torch.bfloat16}),
+        ("fp4", "cuda", "auto", {torch.bfloat16}),
+        ("none", "cpu", "auto", {torch.float32}),
+        ("none", "cpu", "bfloat16", {torch.bfloat16}),
+    ],
+)
+def test_products_are_chosen_by_measurement_only_if_open(
+    base: Base, quantization: Any, device: str, products: Any, expected: set[torch.dtype]
+) -> None:
+    other = replace(base, scheme=Scheme(quantization), device=torch.device(device))
+    assert products_dtype(Recipe(data=Path("x"), out=Path("y"), products=products), other) in expected
+
+
+def test_an_8_bit_base_multiplies_in_its_own_type(base: Base) -> None:
+    recipe = Recipe(data=Path("x"), out=Path("y"), method="lora_8bit", products="bfloat16")
+    with pytest.raises(RecipeError, match="products is bfloat16, but a base in int8"):
+        products_dtype(recipe, replace(base, scheme=Scheme("int8")))
 
 
 # Before the first step
@@ -397,7 +421,7 @@ def test_an_existing_folder_is_left_alone(base: Base, data: Path) -> None:
 
 
 def test_a_failed_run_leaves_nothing(base: Base, data: Path) -> None:
-    with pytest.raises(RecipeError, match=r"target_modules is \('nothing',\)"):
+    with pytest.raises(RecipeError, match=r"target_modules names 'nothing', which is no linear module"):
         run(base, data, target_modules=("nothing",))
     data.write_text("{}\n")
     with pytest.raises(DataError, match="line 1"):
@@ -407,7 +431,9 @@ def test_a_failed_run_leaves_nothing(base: Base, data: Path) -> None:
 
 
 def test_a_base_of_another_quantization(base: Base, data: Path) -> None:
-    with pytest.raises(RecipeError, match="method lora trains on quantization none, the base given has nf4"):
+    with pytest.raises(
+        RecipeError, match="method lora trains on quantization none, the base given has nf4-64-double"
+    ):
         run(base, data, method="lora")
 
 

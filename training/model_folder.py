@@ -1,0 +1,59 @@
+"""Writes a model with its tokenizer, chat template and generation configuration as a plain model folder.
+
+It needs nothing of this project. Knows no adapters and no training.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from adapters.base import Base
+from adapters.errors import BaseModelError
+from adapters.quantize import progress_bars
+
+_GENERATION_FILE: Final = "generation_config.json"
+
+
+def save_model(folder: Path, base: Base, model: Any, *, dtype: str, chat_template: str | None) -> None:
+    """Fills the folder; the model is rounded to `dtype` in place.
+
+    Args:
+        base: gives tokenizer and generation configuration.
+        model: in transformers' own layers.
+        chat_template: None for the base's own.
+
+    Raises:
+        BaseModelError: a weight is too large for `dtype`.
+    """
+    model.to(getattr(torch, dtype))
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise BaseModelError(f"{name} overflows {dtype}; save it in float32")
+    model.config.dtype = dtype
+    own_template = base.tokenizer.chat_template
+    try:
+        base.tokenizer.chat_template = chat_template or own_template
+        base.tokenizer.save_pretrained(folder)
+    finally:
+        base.tokenizer.chat_template = own_template
+    original = base.folder / _GENERATION_FILE
+    if original.is_file():  # copied: save_pretrained refuses many that are published and work
+        model.generation_config = GenerationConfig()
+    with progress_bars(False):
+        model.save_pretrained(folder)
+    if original.is_file():
+        shutil.copyfile(original, folder / _GENERATION_FILE)
+
+
+def untie(model: Any, head: nn.Module) -> None:
+    """Gives the head a weight of its own: live, an adapter on the head does not change the embedding."""
+    embedding = model.get_input_embeddings()
+    if head.weight is not embedding.weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
