@@ -64,7 +64,7 @@ class Scheme:
     @property
     def is_served(self) -> bool:
         """Whether a server can hold a base in it."""
-        return self in (Scheme("nf4"), Scheme("none"))
+        return self.name in (Scheme("nf4").name, Scheme("none").name)
 
 
 def quantized_folder(

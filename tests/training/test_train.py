@@ -297,7 +297,8 @@ def test_answers_in_one_sequence_weigh_as_much_as_apart(base: Base, data: Path) 
     apart = [Example(example.token_ids, example.spans[-1:]) for example in apart]
     assert together.learned_tokens == sum(example.learned_tokens for example in apart)
     collate = Collator(base.tokenizer.pad_token_id, answers_only=True)
-    with attached(base, recipe_for(data, data.with_name("unused")), torch.float32) as model:
+    with attached(base, recipe_for(data, data.with_name("unused")), torch.float32) as trainee:
+        model = trainee.model
         randomize(model)
         found, losses = [], []
         for examples in ([together], apart):
