@@ -98,6 +98,21 @@ def check_etag(record: AdapterRecord, etag: str | None) -> None:
         raise StaleEtagError(f"{record.reference} changed since its etag was read; read it again and repeat")
 
 
+def check_alias_is_at(rows: Rows, name: str, alias: str, version: int | None) -> None:
+    """StaleEtagError if a version is given and the alias is at another one; 0 is none."""
+    if version is None:
+        return
+    record = rows.aliased(name, alias)
+    at = 0 if record is None else record.version
+    if at != version:
+        there = f"{name}@{at}" if at else "no version"
+        expected = f"{name}@{version}" if version else "no version"
+        raise StaleEtagError(
+            f"{name}:{alias} is at {there}, and was to be moved from {expected}: somebody else was faster; "
+            "look again and repeat"
+        )
+
+
 def token_after(record: AdapterRecord) -> str:
     """The opaque token of the page that begins after a record."""
     return base64.urlsafe_b64encode(json.dumps([record.name, record.version]).encode()).decode()

@@ -22,6 +22,7 @@ from adapters.changes import ChangeLog
 from adapters.errors import AdapterCorruptError, AdapterError
 from adapters.facts import AdapterFacts, AdapterRecord, AdapterState, StoredFile
 from adapters.lookup import (
+    check_alias_is_at,
     check_etag,
     doomed,
     find,
@@ -203,6 +204,7 @@ class AdapterStore(StoreReader):
         remove_aliases: Iterable[str] = (),
         pinned: bool | None = None,
         labels: Mapping[str, str] | None = None,
+        aliases_from: int | None = None,
     ) -> AdapterRecord:
         """Changes what points at a version or describes it, all or nothing.
 
@@ -210,6 +212,7 @@ class AdapterStore(StoreReader):
             etag: if given, the one the version must still have.
             set_aliases: taken from whichever version of this name had them.
             labels: replace all labels; None leaves them.
+            aliases_from: if given, the version that must have each of set_aliases now; 0 for none.
 
         Raises:
             StaleEtagError, AdapterNotFoundError, InvalidAdapterError.
@@ -224,6 +227,7 @@ class AdapterStore(StoreReader):
                     raise no_such_alias(record, alias)
                 rows.remove_alias(name, alias)
             for alias in added:
+                check_alias_is_at(rows, name, alias, aliases_from)
                 rows.set_alias(name, alias, version)
             if pinned is not None:
                 rows.set_pinned(name, version, pinned)

@@ -150,14 +150,30 @@ class AsyncAdapterClient:
             if not token:
                 return
 
-    async def alias(self, name: str, alias: str, version: int, *, etag: str | None = None) -> Adapter:
+    async def alias(
+        self,
+        name: str,
+        alias: str,
+        version: int,
+        *,
+        etag: str | None = None,
+        from_version: int | None = None,
+    ) -> Adapter:
         """Points an alias at a version, in one step for every request that follows.
 
+        Args:
+            etag: of the version, as it was read.
+            from_version: where the alias has to be now, so that nobody else's move is overwritten; 0 for
+                nowhere.
+
         Raises:
-            AbortedError: `etag` is given and the version changed since it was read.
+            AbortedError: `etag` is given and the version changed since it was read, or the alias is not at
+                `from_version`.
         """
         return await self._update(
-            requests.update_adapter_request(f"{name}@{version}", etag=etag, set_aliases=[alias])
+            requests.update_adapter_request(
+                f"{name}@{version}", etag=etag, set_aliases=[alias], aliases_from=from_version
+            )
         )
 
     async def remove_alias(self, name: str, alias: str, *, etag: str | None = None) -> Adapter:
@@ -238,8 +254,9 @@ class AsyncAdapterClient:
         return answers.collection(await self._calls.unary(self._stub.CollectGarbage, request, attempts))
 
     async def _update(self, request: adapters_pb2.UpdateAdapterRequest) -> Adapter:
-        # After a success that got lost, a second sending would find another etag, or no alias to take away.
-        repeatable = not request.HasField("etag") and not request.remove_aliases
+        # After a success that got lost, a second sending would find another etag, or an alias elsewhere.
+        guarded = request.HasField("etag") or request.HasField("aliases_from")
+        repeatable = not guarded and not request.remove_aliases
         attempts = self._calls.endpoint.attempts(repeatable=repeatable)
         response = await self._calls.unary(self._stub.UpdateAdapter, request, attempts)
         return answers.adapter(response.adapter)

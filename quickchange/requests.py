@@ -147,6 +147,7 @@ def update_adapter_request(
     remove_aliases: Sequence[str] = (),
     pinned: bool | None = None,
     labels: Mapping[str, str] | None = None,
+    aliases_from: int | None = None,
 ) -> adapters_pb2.UpdateAdapterRequest:
     """The request to change what points at a version."""
     return adapters_pb2.UpdateAdapterRequest(
@@ -156,6 +157,7 @@ def update_adapter_request(
         remove_aliases=remove_aliases,
         pinned=pinned,
         labels=None if labels is None else adapters_pb2.Labels(values=labels),
+        aliases_from=aliases_from,
     )
 
 

@@ -705,12 +705,17 @@ class UpdateAdapterRequest(google.protobuf.message.Message):
     REMOVE_ALIASES_FIELD_NUMBER: builtins.int
     PINNED_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
+    ALIASES_FROM_FIELD_NUMBER: builtins.int
     adapter: builtins.str
     """"name@version" for a fixed one; "name" is its newest."""
     etag: builtins.str
     """If set, ABORTED unless it is the current one."""
     pinned: builtins.bool
     """A pinned adapter never leaves its tier to make room for others, and is loaded when the server starts."""
+    aliases_from: builtins.int
+    """If set: ABORTED unless every one of set_aliases is at this version of the name now; 0: at none. An etag
+    guards the version that is changed, this the move: nobody else's is overwritten.
+    """
     @property
     def set_aliases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Aliases to point at this version, taken from whichever had them."""
@@ -730,17 +735,22 @@ class UpdateAdapterRequest(google.protobuf.message.Message):
         remove_aliases: collections.abc.Iterable[builtins.str] | None = ...,
         pinned: builtins.bool | None = ...,
         labels: Global___Labels | None = ...,
+        aliases_from: builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_etag", b"_etag", "_labels", b"_labels", "_pinned", b"_pinned", "etag", b"etag", "labels", b"labels", "pinned", b"pinned"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_aliases_from", b"_aliases_from", "_etag", b"_etag", "_labels", b"_labels", "_pinned", b"_pinned", "aliases_from", b"aliases_from", "etag", b"etag", "labels", b"labels", "pinned", b"pinned"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_etag", b"_etag", "_labels", b"_labels", "_pinned", b"_pinned", "adapter", b"adapter", "etag", b"etag", "labels", b"labels", "pinned", b"pinned", "remove_aliases", b"remove_aliases", "set_aliases", b"set_aliases"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_aliases_from", b"_aliases_from", "_etag", b"_etag", "_labels", b"_labels", "_pinned", b"_pinned", "adapter", b"adapter", "aliases_from", b"aliases_from", "etag", b"etag", "labels", b"labels", "pinned", b"pinned", "remove_aliases", b"remove_aliases", "set_aliases", b"set_aliases"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__aliases_from: typing_extensions.TypeAlias = typing.Literal["aliases_from"]
+    _WhichOneofArgType__aliases_from: typing_extensions.TypeAlias = typing.Literal["_aliases_from", b"_aliases_from"]
     _WhichOneofReturnType__etag: typing_extensions.TypeAlias = typing.Literal["etag"]
     _WhichOneofArgType__etag: typing_extensions.TypeAlias = typing.Literal["_etag", b"_etag"]
     _WhichOneofReturnType__labels: typing_extensions.TypeAlias = typing.Literal["labels"]
     _WhichOneofArgType__labels: typing_extensions.TypeAlias = typing.Literal["_labels", b"_labels"]
     _WhichOneofReturnType__pinned: typing_extensions.TypeAlias = typing.Literal["pinned"]
     _WhichOneofArgType__pinned: typing_extensions.TypeAlias = typing.Literal["_pinned", b"_pinned"]
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__aliases_from) -> _WhichOneofReturnType__aliases_from | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__etag) -> _WhichOneofReturnType__etag | None: ...
     @typing.overload

@@ -217,6 +217,7 @@ def _changes_of(request: adapters_pb2.UpdateAdapterRequest) -> Changes:
         remove_aliases=tuple(request.remove_aliases),
         pinned=request.pinned if request.HasField("pinned") else None,
         labels=dict(request.labels.values) if request.HasField("labels") else None,
+        aliases_from=request.aliases_from if request.HasField("aliases_from") else None,
     )
 
 

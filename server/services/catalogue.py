@@ -36,6 +36,7 @@ class Changes:
     remove_aliases: tuple[str, ...]
     pinned: bool | None
     labels: Mapping[str, str] | None
+    aliases_from: int | None
 
 
 class Catalogue:
@@ -252,6 +253,7 @@ class Catalogue:
             remove_aliases=changes.remove_aliases,
             pinned=changes.pinned,
             labels=changes.labels,
+            aliases_from=changes.aliases_from,
         )
 
     def _delete(

@@ -179,6 +179,22 @@ def test_an_update_with_a_stale_etag_changes_nothing(store: AdapterStore) -> Non
     assert store.get("sql@1").pinned
 
 
+def test_an_alias_moves_only_from_where_it_was_seen(store: AdapterStore) -> None:
+    for content in ("a", "b", "c"):
+        publish(store, "sql", content)
+    assert store.update("sql", 1, set_aliases=["prod"], aliases_from=0).aliases == ("prod",)
+    with pytest.raises(StaleEtagError, match="sql:prod is at sql@1, and was to be moved from no version"):
+        store.update("sql", 2, set_aliases=["prod"], aliases_from=0)
+    store.update("sql", 2, set_aliases=["prod"], aliases_from=1)
+    third = store.get("sql@3")  # which the other move does not touch: its etag would notice nothing
+    with pytest.raises(StaleEtagError, match="sql:prod is at sql@2, and was to be moved from sql@1"):
+        store.update("sql", 3, etag=third.etag, set_aliases=["prod"], aliases_from=1)
+    assert store.get("sql@3") == third
+    store.update("sql", 2, remove_aliases=["prod"])
+    with pytest.raises(StaleEtagError, match="sql:prod is at no version, and was to be moved from sql@2"):
+        store.update("sql", 3, set_aliases=["prod"], aliases_from=2)
+
+
 def test_an_update_is_all_or_nothing(store: AdapterStore) -> None:
     before = publish(store, "sql", "a")
     with pytest.raises(InvalidAdapterError):

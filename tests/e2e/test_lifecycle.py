@@ -80,6 +80,19 @@ def test_an_alias_moves_and_back(
     client.adapters.delete("staged", all_versions=True)
 
 
+def test_an_alias_that_somebody_else_moved_is_left_there(
+    client: Client, adapters: Mapping[str, Path]
+) -> None:
+    for name in ("a", "b", "c"):
+        client.adapters.push(adapters[name], "moved")
+    client.adapters.alias("moved", "prod", 1, from_version=0)
+    client.adapters.alias("moved", "prod", 2)
+    with pytest.raises(AbortedError, match="moved:prod is at moved@2, and was to be moved from moved@1"):
+        client.adapters.alias("moved", "prod", 3, from_version=1)
+    assert client.adapters.get("moved:prod").version == 2
+    assert client.adapters.alias("moved", "prod", 3, from_version=2).aliases == ("prod",)
+
+
 def test_a_stale_etag_is_refused(client: Client, adapters: Mapping[str, Path]) -> None:
     first = client.adapters.push(adapters["a"], "tagged").adapter
     second = client.adapters.set_labels("tagged", {"k": "1"}, etag=first.etag)
