@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from quickchange import Client, StepStatistics
-from training.evaluate import Score, answer_all, score
+from training.answering import answer_all
+from training.score import Score, score
 from training.tasks import Question, Task
 
 BASE: Final = ""

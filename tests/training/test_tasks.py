@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from training.answering import answer_all
 from training.django_messages import translations
-from training.evaluate import answer_all, is_exact, is_mentioned, score
 from training.rows import read_rows
+from training.score import is_exact, is_mentioned, score
 from training.tasks import SYSTEM, Question, Task, dates_task, language_task, sentiment_task
 from training.vader import rated_snippets
 

@@ -1,13 +1,9 @@
-"""Counts right answers on held-out questions. Does not know who answers: any function that gives text."""
+"""Counts right answers to the questions of a task, leniently: in any wording if need be. Knows no metrics."""
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from training.tasks import Question
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +21,6 @@ class Score:
 
     def __str__(self) -> str:
         return f"{self.exact}/{self.total} ({self.exact / self.total:.0%})"
-
-
-def answer_all(ask: Callable[[T], str], questions: Sequence[T], *, concurrency: int) -> list[str]:
-    """Answers in the order of the questions, asked up to `concurrency` at a time; the first error ends it."""
-    with ThreadPoolExecutor(max_workers=concurrency) as pool:
-        return list(pool.map(ask, questions))
 
 
 def score(questions: Sequence[Question], answers: Sequence[str], labels: Sequence[str] = ()) -> Score:
