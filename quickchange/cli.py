@@ -8,7 +8,19 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from quickchange import __version__
-from quickchange.commands import adapters, chat, demo, doctor, generate, info, merge, serve, store, train
+from quickchange.commands import (
+    adapters,
+    chat,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    info,
+    merge,
+    serve,
+    store,
+    train,
+)
 from quickchange.commands.failure import FAILED, CommandError
 from quickchange.errors import QuickchangeError
 from quickchange.threads import spin_briefly
@@ -26,6 +38,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "doctor": doctor,
     "demo": demo,
     "train": train,
+    "evaluate": evaluate,
     "merge": merge,
 }
 

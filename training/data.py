@@ -39,7 +39,7 @@ def prepare(recipe: Recipe, encoder: RowEncoder) -> TrainingData:
         DataError: a file cannot be read, a row is malformed, or nothing is left to learn.
     """
     rows = read_rows(recipe.data)
-    learned, held_out = _sides(recipe, rows)
+    learned, held_out = sides(recipe, rows)
     train = _encoded(recipe.data, encoder, learned)
     if not train.examples:
         raise DataError(f"{recipe.data}: no row leaves anything to learn; raise max_length or give more rows")
@@ -73,7 +73,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sides(recipe: Recipe, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+def sides(recipe: Recipe, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows to learn and rows that are held out, of the rows in recipe.data."""
     if recipe.eval_data is not None:
         return rows, read_rows(recipe.eval_data)
     return split(rows, recipe.eval_fraction, recipe.seed)

@@ -6,7 +6,8 @@ TrainingError
 ├── CheckpointError  there is a checkpoint that cannot be gone on from, or that nobody said what to do with
 ├── DivergedError    the loss is no number any more
 ├── StoppedError     somebody stopped it; it can go on
-└── PublishError     the server refuses the adapter, or would refuse it
+├── PublishError     the server refuses the adapter, or would refuse it
+└── EvaluationError  a question is refused, or the server goes away while it is asked
 """
 
 
@@ -36,3 +37,7 @@ class StoppedError(TrainingError):
 
 class PublishError(TrainingError):
     """The server refuses the adapter, or would refuse it."""
+
+
+class EvaluationError(TrainingError):
+    """A question is refused, or the server goes away while it is asked."""

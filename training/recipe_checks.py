@@ -14,6 +14,8 @@ Device = Literal["auto", "cpu", "cuda"]
 LossOn = Literal["completions", "all"]
 TooLong = Literal["cut", "drop", "fail"]
 QuantizationChoice = Literal["auto", "nf4", "fp4", "int8", "none"]
+PromoteIf = Literal["better", "always", "never"]
+PromoteMetric = Literal["chrf", "bleu", "exact", "json_valid", "json_equal"]
 Preset = Literal["all-linear", "attention", "qv", "mlp"]
 
 PRESETS: Final = get_args(Preset)
@@ -26,6 +28,8 @@ _CHOICES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "device": get_args(Device),
         "loss_on": get_args(LossOn),
         "on_too_long": get_args(TooLong),
+        "promote_if": get_args(PromoteIf),
+        "promote_metric": get_args(PromoteMetric),
     }
 )
 # Kind of number, lowest and highest value that make sense, both allowed.
@@ -51,10 +55,11 @@ _RANGES: Final[Mapping[str, tuple[type, float, float]]] = MappingProxyType(
         "neftune_alpha": (float, 0, 1000),
         "checkpoint_every_s": (float, 0, 1e6),
         "canary_probes": (int, 0, 16),
+        "promote_margin": (float, 0, 100),
         "seed": (int, 0, 2**32 - 1),
     }
 )
-_MAY_BE_OPEN: Final = ("alpha", "learning_rate", "max_steps", "early_stopping")
+_MAY_BE_OPEN: Final = ("alpha", "learning_rate", "max_steps", "early_stopping", "promote_if")
 _SWITCHES: Final = ("gradient_checkpointing", "packing", "share_prefixes")
 
 
@@ -110,6 +115,7 @@ def check_together(method: Method, values: Mapping[str, Any]) -> None:
         raise RecipeError("eval_data and eval_fraction are both given; give the one or the other")
     if values["early_stopping"] is not None and values["eval_data"] is None and values["eval_fraction"] == 0:
         raise RecipeError("early_stopping needs held-out rows; set eval_fraction or eval_data")
+    _check_promotion(values)
     if values["packing"] and values["neftune_alpha"] > 0:
         raise RecipeError(
             "neftune_alpha depends on the length of a row, which packing hides; give the one or the other"
@@ -123,6 +129,20 @@ def check_together(method: Method, values: Mapping[str, Any]) -> None:
         raise RecipeError(
             "gradient_checkpointing is on, but prefix tuning needs the keys and values that it drops; "
             "turn it off, or use method prompt"
+        )
+
+
+def _check_promotion(values: Mapping[str, Any]) -> None:
+    wanted = values["promote_if"]
+    if wanted is None:
+        if values["alias"] is not None:
+            raise RecipeError(f"alias is {values['alias']}, but nothing moves it; set promote_if")
+        return
+    if values["publish"] is None:
+        raise RecipeError(f"promote_if is {wanted}, but nothing is published; set publish and name")
+    if wanted != "always" and values["eval_data"] is None and values["eval_fraction"] == 0:
+        raise RecipeError(
+            f"promote_if is {wanted}, which needs held-out rows; set eval_fraction or eval_data"
         )
 
 
@@ -147,7 +167,7 @@ def _check_switch(name: str, value: object) -> None:
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if value not in choices and not (value is None and name in _MAY_BE_OPEN):
         raise RecipeError(f"{name} is {value!r}, must be one of {', '.join(choices)}")
 
 

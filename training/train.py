@@ -22,6 +22,7 @@ from adapters.facts import AdapterFacts
 from adapters.quantize import Scheme
 from adapters.text import BaseText, load_text
 from training.attaching import attached, check_attachable
+from training.cases import Case
 from training.data import TrainingData, prepare
 from training.data_report import DataReport
 from training.encoding import RowEncoder
@@ -30,6 +31,7 @@ from training.fitting import Fit, fit
 from training.notices import notices
 from training.outcome import write_outcome
 from training.products import name_of, products_dtype
+from training.promotion import Promotion, promote, promotion_cases
 from training.publish import Resident, check_resident, publish_adapter, resident_at
 from training.recipe import Recipe
 from training.recorder import check_trackers
@@ -37,8 +39,13 @@ from training.unfinished import Start, UnfinishedRun
 
 log = logging.getLogger(__name__)
 
-_WITHOUT_EFFECT: Final = ("out", "checkpoint_every_s", "trackers", "canary_probes", "publish", "name")
+_WITHOUT_EFFECT: Final = (
+    *("out", "checkpoint_every_s", "trackers", "canary_probes"),
+    *("publish", "name", "promote_if", "alias", "promote_metric", "promote_margin"),
+)
 """Settings that a run may change when it goes on."""
+_SLACK_TOKENS: Final = 16
+"""An answer may be so much longer than the longest reference when versions are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,7 @@ class TrainingResult:
         artefacts: the folder with training.json and loss.png.
         facts: of the adapter, as a server would find them; None of what no server applies.
         published: "name@version" on the server; None if it was not uploaded.
+        promotion: whether an alias moved to it, and why; None if that was not asked for.
     """
 
     out: Path
@@ -58,6 +66,7 @@ class TrainingResult:
     data: DataReport
     fit: Fit
     published: str | None
+    promotion: Promotion | None = None
 
 
 def train(
@@ -89,12 +98,14 @@ def train(
     _check_out(recipe)
     check_trackers(recipe.trackers)
     resident = resident_at(recipe)
+    cases = promotion_cases(recipe)
     with UnfinishedRun(recipe.out, start) as run:
         base = base or _load(recipe, progress)
         said = _checked(recipe, base, resident)
         result = _run(recipe, base, run, stop or threading.Event(), said, progress, on_data)
         run.finished()
-    return replace(result, published=_publish(recipe, progress))
+    result = replace(result, published=_publish(recipe, progress))
+    return replace(result, promotion=_promote(recipe, base, result, cases, progress))
 
 
 def _run(
@@ -201,3 +212,19 @@ def _publish(recipe: Recipe, progress: bool) -> str | None:
     if recipe.publish is None or recipe.name is None:
         return None
     return publish_adapter(recipe.out, recipe.publish, recipe.name, progress=progress)
+
+
+def _promote(
+    recipe: Recipe, base: Base, result: TrainingResult, cases: list[Case], progress: bool
+) -> Promotion | None:
+    if recipe.promote_if is None or result.published is None:
+        return None
+    return promote(
+        recipe,
+        result.published,
+        cases,
+        result.artefacts,
+        max_new_tokens=_SLACK_TOKENS
+        + max((len(base.tokenizer(case.reference)["input_ids"]) for case in cases), default=0),
+        progress=progress,
+    )

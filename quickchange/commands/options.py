@@ -83,6 +83,13 @@ def label(text: str) -> tuple[str, str]:
     return key, value
 
 
+def positive_int(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return int(text)
+
+
 def positive_seconds(text: str) -> float:
     """An argument that is a time span."""
     try:

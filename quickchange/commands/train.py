@@ -23,6 +23,8 @@ _EXAMPLES = """\
   quickchange train --config recipe.yaml --out ./lora --resume
   quickchange train --config recipe.yaml --out ./lora --publish 127.0.0.1:50051 --name sql
   quickchange train --data rows.csv --eval-data held_out.csv --out ./lora --dry-run
+  quickchange train --data rows.jsonl --eval-fraction 0.1 --out ./lora --publish 127.0.0.1:50051 --name sql \
+      --promote-if better --alias prod
 
 a row of data is {"prompt", "completion"}, {"messages": […]}, {"instruction", "input", "output"} or {"text"};
 whatever is left out is the file's, else the default"""
@@ -86,6 +88,10 @@ _FLAGS = (
     _Flag("device", str, "NAME", "auto, cpu or cuda (auto)"),
     _Flag("publish", str, "HOST:PORT", "upload the adapter to this server"),
     _Flag("name", str, "NAME", "what it is called there"),
+    _Flag("promote_if", str, "WHEN", "move an alias to it: better, always or never (only compare)"),
+    _Flag("alias", str, "ALIAS", "which alias that is (prod)"),
+    _Flag("promote_metric", str, "NAME", "what decides: chrf, bleu, exact, json_valid or json_equal (chrf)"),
+    _Flag("promote_margin", float, "X", "by more than this, surely (0)"),
 )
 
 
@@ -157,6 +163,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{result.out}: loss {result.fit.final_loss:.4f} after {result.fit.steps} steps")
         if result.published is not None:
             print(f"published as {result.published}")
+        if result.promotion is not None:
+            print(result.promotion)
     return 0
 
 
