@@ -3,7 +3,9 @@
 Recorded on the base it was trained on, in float32 products; then once more as bfloat16 has it, to see how far
 rounding alone moves an answer, and without the adapter, to see that the probes would notice its absence.
 
-T tokens of prompt and answer, N tokens of the answer, V vocabulary.
+All prompts go through the model together, padded on the left: until this is done nobody has the adapter.
+
+P prompts, T tokens of the longest prompt and answer, N tokens of an answer, V vocabulary.
 """
 
 import logging
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from adapters.base import Base
 from adapters.canary import MAX_NOISE, Canary, Probe, Step
+from training.attaching import takes_logits_to_keep
 from training.encoding import Example
 from training.products import products_in
 
@@ -58,11 +61,11 @@ def record_canary(model: PeftModel, base: Base, prompts: Sequence[tuple[int, ...
         return None
     model.eval()
     with torch.no_grad(), products_in(base, torch.float32):
-        answers = [_greedy(model, base, prompt) for prompt in prompts]
-        reference = [_logprobs(model, base, *pair) for pair in zip(prompts, answers, strict=True)]
+        answers = _greedy(model, base, prompts)
+        reference = _logprobs(model, base, prompts, answers)
         noise = _noise(model, base, prompts, answers, reference)
         with model.disable_adapter():
-            bare = [_logprobs(model, base, *pair) for pair in zip(prompts, answers, strict=True)]
+            bare = _logprobs(model, base, prompts, answers)
     distance = _distance(reference, bare)
     if not (noise <= MAX_NOISE and math.isfinite(distance)):  # NaN fails too
         log.warning("the adapter's answers move by %g with rounding alone: no canary is recorded", noise)
@@ -85,39 +88,58 @@ def _noise(
     base: Base,
     prompts: Sequence[tuple[int, ...]],
     answers: Sequence[tuple[int, ...]],
-    reference: Sequence[Tensor],
+    reference: Tensor,
 ) -> float:
     with torch.autocast(base.device.type, dtype=torch.bfloat16):
-        rounded = [_logprobs(model, base, *pair) for pair in zip(prompts, answers, strict=True)]
+        rounded = _logprobs(model, base, prompts, answers)
     noise = _distance(reference, rounded)
     return noise if base.dtype == torch.float32 else max(noise, BFLOAT16_NOISE)
 
 
-def _greedy(model: Any, base: Base, prompt: tuple[int, ...]) -> tuple[int, ...]:
-    """The likeliest continuation, past whatever would end an answer."""
-    answer: list[int] = []
-    input_ids, cache = torch.tensor([prompt], device=base.device), None
+def _greedy(model: Any, base: Base, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The likeliest continuation of each, past whatever would end an answer."""
+    inputs, cache = _padded(base, prompts), None
+    mask_PT, position_P1 = inputs["attention_mask"], inputs["position_ids"][:, -1:]
+    tokens: list[Tensor] = []
     for _ in range(ANSWER_TOKENS):
-        out = model(input_ids=input_ids, past_key_values=cache, use_cache=True)
-        answer.append(int(out.logits[0, -1].argmax()))
-        input_ids, cache = torch.tensor([answer[-1:]], device=base.device), out.past_key_values
-    return tuple(answer)
+        out = model(**inputs, **_kept(base, 1), past_key_values=cache, use_cache=True)
+        tokens.append(out.logits[:, -1].argmax(dim=-1, keepdim=True))
+        cache, position_P1 = out.past_key_values, position_P1 + 1
+        mask_PT = torch.cat([mask_PT, torch.ones_like(position_P1)], dim=1)
+        inputs = {"input_ids": tokens[-1], "attention_mask": mask_PT, "position_ids": position_P1}
+    return [tuple(answer) for answer in torch.cat(tokens, dim=1).tolist()]
 
 
-def _logprobs(model: Any, base: Base, prompt: tuple[int, ...], answer: tuple[int, ...]) -> Tensor:
-    """[N, V] of the answer's positions, in one pass over prompt and answer."""
-    input_ids = torch.tensor([prompt + answer[:-1]], device=base.device)
-    logits_TV = model(input_ids=input_ids, use_cache=False).logits[0]
-    return torch.log_softmax(logits_TV[len(prompt) - 1 :].double().cpu(), dim=-1)
+def _logprobs(
+    model: Any, base: Base, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]
+) -> Tensor:
+    """[P, N, V] of the answers' positions, in one pass over prompts and answers."""
+    whole = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
+    kept = _kept(base, ANSWER_TOKENS)
+    logits_PTV = model(**_padded(base, whole), **kept, use_cache=False).logits
+    return torch.log_softmax(logits_PTV[:, -ANSWER_TOKENS:].double().cpu(), dim=-1)
 
 
-def _distance(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+def _kept(base: Base, columns: int) -> dict[str, int]:
+    """Logits of the last columns alone, where the model can leave out the others."""
+    return {"logits_to_keep": columns} if takes_logits_to_keep(base.model) else {}
+
+
+def _padded(base: Base, sequences: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
+    """All of them, ending in the last column; whatever pads is masked, and positions count without it."""
+    width = max(map(len, sequences))
+    ids_PT = torch.tensor([(0,) * (width - len(ids)) + ids for ids in sequences], device=base.device)
+    mask_PT = torch.tensor(
+        [[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences], device=base.device
+    )
+    positions_PT = (mask_PT.cumsum(dim=1) - 1).clamp(min=0)
+    return {"input_ids": ids_PT, "attention_mask": mask_PT, "position_ids": positions_PT}
+
+
+def _distance(reference_PNV: Tensor, other_PNV: Tensor) -> float:
     """Largest difference of the log-probability of a token that is kept; NaN if any is."""
-    differences = []
-    for ours_NV, theirs_NV in zip(reference, other, strict=True):
-        values_NK, ids_NK = ours_NV.topk(ALTERNATIVES)
-        differences.append((theirs_NV.gather(1, ids_NK) - values_NK).abs().max())
-    return float(torch.stack(differences).max())
+    values_PNK, ids_PNK = reference_PNV.topk(ALTERNATIVES)
+    return float((other_PNV.gather(2, ids_PNK) - values_PNK).abs().max())
 
 
 def _probe(prompt: tuple[int, ...], answer: tuple[int, ...], logprobs_NV: Tensor) -> Probe:
