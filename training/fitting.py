@@ -30,6 +30,7 @@ from training.prompts import TrailingPads
 from training.recipe import Recipe
 from training.recorder import TENSORBOARD, Recorder, evals, event_writer, losses
 from training.shared_prefix import SharedPrefixCollator, can_share
+from training.stopwatch import Stopwatch
 from training.unfinished import CHECKPOINTS_KEPT, UnfinishedRun
 
 _SCHEDULES: Final = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -80,11 +81,13 @@ def fit(
     *,
     progress: bool,
     stop: threading.Event,
+    since_step: Stopwatch,
 ) -> Fit:
     """Trains what requires gradients, from the run's checkpoint on if it has one.
 
     Args:
         stop: set by whoever wants the run to end after its step, with a checkpoint.
+        since_step: restarted after every step.
 
     Raises:
         DivergedError: the loss is no number any more.
@@ -109,7 +112,8 @@ def fit(
             data_collator=_collator(base, data, recipe),
             optimizers=(own_optimizer(model, arguments, recipe), None),
             callbacks=[
-                EpochCounter(order, _steps_per_epoch(recipe, data)), Recorder(progress), *trackers,
+                EpochCounter(order, _steps_per_epoch(recipe, data)), Recorder(progress, since_step),
+                *trackers,
                 *([] if best is None else [best]), keeper,
             ],
         )  # fmt: skip

@@ -4,8 +4,9 @@ Validation and canary are for servers: what no server applies goes without, and 
 """
 
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +24,7 @@ from training.data import TrainingData
 from training.fitting import Fit
 from training.recipe import Recipe
 from training.saving import save_trained
+from training.stopwatch import Stopwatch
 from training.versions import installed_versions
 
 REPORT_FILE: Final = "training.json"
@@ -57,7 +59,14 @@ class _Checks:
 
 
 def write_outcome(
-    model: Any, base: Base, data: TrainingData, recipe: Recipe, fit: Fit, said: Sequence[str], events: Path
+    model: Any,
+    base: Base,
+    data: TrainingData,
+    recipe: Recipe,
+    fit: Fit,
+    said: Sequence[str],
+    events: Path,
+    since_step: Stopwatch,
 ) -> Outcome:
     """Writes OUT.training and OUT.
 
@@ -65,6 +74,7 @@ def write_outcome(
         model: settled, as it is to be saved.
         said: notices of this run.
         events: a folder of event files that moves into OUT.training, if it is there.
+        since_step: is told what the time goes into.
     """
     artefacts = artefacts_folder(recipe.out)
     checks: list[_Checks] = []
@@ -75,17 +85,30 @@ def write_outcome(
             shutil.copytree(events, staged / events.name)
 
     def result(staged: Path) -> None:
-        checks.append(_save(model, base, data, recipe, staged))
+        checks.append(_save(model, base, data, recipe, staged, since_step))
         shutil.rmtree(artefacts, ignore_errors=True)  # of a run that ended before its result was there
         publish_folder(artefacts, report)
+        since_step.lap("report")
 
+    since_step.lap("finish")
     recipe.out.parent.mkdir(parents=True, exist_ok=True)
     publish_folder(recipe.out, result)
     return Outcome(artefacts, checks[0].facts)
 
 
-def _save(model: Any, base: Base, data: TrainingData, recipe: Recipe, folder: Path) -> _Checks:
+def add_to_report(artefacts: Path, facts: Mapping[str, Any]) -> None:
+    """Writes more members into training.json, which is whole at every moment."""
+    path = artefacts / REPORT_FILE
+    staged = path.with_name(f".{REPORT_FILE}")
+    staged.write_text(json.dumps(json.loads(path.read_text()) | facts, indent=2) + "\n")
+    os.replace(staged, path)
+
+
+def _save(
+    model: Any, base: Base, data: TrainingData, recipe: Recipe, folder: Path, since_step: Stopwatch
+) -> _Checks:
     save_trained(model, base, recipe, folder)
+    since_step.lap("save")
     if recipe.kind.saved is None:
         why = f"left out: {recipe.kind.why_not_served}"
         return _Checks(None, validation=why, canary=why)
@@ -98,10 +121,13 @@ def _save(model: Any, base: Base, data: TrainingData, recipe: Recipe, folder: Pa
         canary=canary,
     )
     (folder / BUNDLE_FILE).write_text(bundle.to_json())
+    since_step.lap("canary")
     if recipe.kind.why_not_served is not None:
         return _Checks(None, validation=f"left out: {recipe.kind.why_not_served}", canary=said)
     assert recipe.saved_rank is not None, "all that is served so far has a rank"
-    return _Checks(validate_adapter(folder, base.layout, max_rank=recipe.saved_rank), "passed", said)
+    facts = validate_adapter(folder, base.layout, max_rank=recipe.saved_rank)
+    since_step.lap("check")
+    return _Checks(facts, "passed", said)
 
 
 def _canary(model: Any, base: Base, data: TrainingData, recipe: Recipe) -> tuple[Canary | None, str]:

@@ -3,13 +3,15 @@
 Whether the server will take it is found out before anything is spent.
 """
 
+import contextlib
 from pathlib import Path
 from typing import TypeAlias
 
 from adapters.base import Base
-from quickchange import Client, QuickchangeError, ServerInfo
+from quickchange import Client, QuickchangeError, ResourceExhaustedError, ServerInfo
 from training.errors import PublishError
 from training.recipe import Recipe
+from training.stopwatch import Stopwatch
 from training.targets import adapter_bytes
 
 Resident: TypeAlias = ServerInfo
@@ -52,21 +54,30 @@ def check_resident(recipe: Recipe, resident: Resident, base: Base) -> None:
         )
 
 
-def publish_adapter(directory: Path, target: str, name: str, *, progress: bool) -> str:
-    """Uploads the folder as the next version of `name`; returns "name@version".
+def publish_adapter(directory: Path, target: str, name: str, since_step: Stopwatch, *, progress: bool) -> str:
+    """Uploads the folder as the next version of `name`, asks it for a token; returns "name@version".
 
     Raises:
         PublishError: the server refused it; the folder stays.
     """
     try:
         with Client(target) as client:
-            result = client.adapters.push(directory, name, progress=progress)
+            reference = client.adapters.push(directory, name, progress=progress).adapter.reference
+            since_step.lap("upload")
+            _first_token(client, reference)
+            since_step.lap("first_token")
     except QuickchangeError as error:
         raise PublishError(
             f"{directory} is trained, but {target} did not take it: {error}; upload it later with "
             f"`quickchange adapters push {directory} --name {name}`"
         ) from error
-    return result.adapter.reference
+    return reference
+
+
+def _first_token(client: Client, reference: str) -> None:
+    """Asks for one; a server too busy to give it has the adapter all the same."""
+    with contextlib.suppress(ResourceExhaustedError):
+        client.generate([0], adapter=reference, max_new_tokens=1)
 
 
 def _check_method(recipe: Recipe) -> None:

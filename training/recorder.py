@@ -12,6 +12,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from training.curve import EvalPoint, LossPoint
 from training.errors import DivergedError, RecipeError
+from training.stopwatch import Stopwatch
 
 TENSORBOARD: Final = "tensorboard"
 
@@ -19,8 +20,8 @@ TENSORBOARD: Final = "tensorboard"
 class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
     """Shows every loss in a bar, and stops a run whose loss is no number."""
 
-    def __init__(self, progress: bool) -> None:
-        self._progress = progress
+    def __init__(self, progress: bool, since_step: Stopwatch) -> None:
+        self._progress, self._since_step = progress, since_step
         self._bar: tqdm[Any] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -30,6 +31,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         )  # fmt: skip
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._since_step.restart()
         if self._bar is not None:
             self._bar.update(1)
 

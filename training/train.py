@@ -29,12 +29,13 @@ from training.encoding import RowEncoder
 from training.errors import RecipeError
 from training.fitting import Fit, fit
 from training.notices import notices
-from training.outcome import write_outcome
+from training.outcome import add_to_report, write_outcome
 from training.products import name_of, products_dtype
 from training.promotion import Promotion, promote, promotion_cases
 from training.publish import Resident, check_resident, publish_adapter, resident_at
 from training.recipe import Recipe
 from training.recorder import check_trackers
+from training.stopwatch import Stopwatch
 from training.unfinished import Start, UnfinishedRun
 
 log = logging.getLogger(__name__)
@@ -102,9 +103,10 @@ def train(
     with UnfinishedRun(recipe.out, start) as run:
         base = base or _load(recipe, progress)
         said = _checked(recipe, base, resident)
-        result = _run(recipe, base, run, stop or threading.Event(), said, progress, on_data)
+        since_step = Stopwatch()
+        result = _run(recipe, base, run, stop or threading.Event(), said, since_step, progress, on_data)
         run.finished()
-    result = replace(result, published=_publish(recipe, progress))
+    result = replace(result, published=_publish(recipe, result.artefacts, since_step, progress))
     return replace(result, promotion=_promote(recipe, base, result, cases, progress))
 
 
@@ -114,6 +116,7 @@ def _run(
     run: UnfinishedRun,
     stop: threading.Event,
     said: list[str],
+    since_step: Stopwatch,
     progress: bool,
     on_data: Callable[[DataReport], None],
 ) -> TrainingResult:
@@ -124,8 +127,18 @@ def _run(
     run.identify(_identity(recipe, base, data, products))
     set_seed(recipe.seed)
     with attached(base, recipe, products) as trainee:
-        fitted = fit(trainee.model, base, data, recipe, products, run, progress=progress, stop=stop)
-        outcome = write_outcome(trainee.settled(), base, data, recipe, fitted, said, run.events)
+        fitted = fit(
+            trainee.model,
+            base,
+            data,
+            recipe,
+            products,
+            run,
+            progress=progress,
+            stop=stop,
+            since_step=since_step,
+        )
+        outcome = write_outcome(trainee.settled(), base, data, recipe, fitted, said, run.events, since_step)
     return TrainingResult(recipe.out, outcome.artefacts, outcome.facts, data.report, fitted, published=None)
 
 
@@ -208,10 +221,14 @@ def _encoder(recipe: Recipe, text: Base | BaseText) -> RowEncoder:
     )
 
 
-def _publish(recipe: Recipe, progress: bool) -> str | None:
+def _publish(recipe: Recipe, artefacts: Path, since_step: Stopwatch, progress: bool) -> str | None:
     if recipe.publish is None or recipe.name is None:
         return None
-    return publish_adapter(recipe.out, recipe.publish, recipe.name, progress=progress)
+    since_step.lap("tidy")
+    reference = publish_adapter(recipe.out, recipe.publish, recipe.name, since_step, progress=progress)
+    seconds = {"total": since_step.seconds, **since_step.parts}
+    add_to_report(artefacts, {"seconds_to_first_token": seconds})
+    return reference
 
 
 def _promote(

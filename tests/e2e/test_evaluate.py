@@ -137,6 +137,10 @@ def test_what_is_better_gets_the_alias_and_what_is_not_does_not(
     labels = client.adapters.get("promo@1").labels
     assert (labels["promotion"], labels["promotion/against"]) == ("promoted", "base")
     assert "chrf" in labels["promotion/reason"]
+    seconds = json.loads((first.artefacts / "training.json").read_text())["seconds_to_first_token"]
+    parts = ["finish", "save", "canary", "check", "report", "tidy", "upload", "first_token"]
+    assert list(seconds) == ["total", *parts]
+    assert seconds["total"] == pytest.approx(sum(seconds[part] for part in parts))
 
     again = promoted(base, server, tmp_path, "promo", out="tie", seed=1)  # other weights, the same answers
     assert again.promotion is not None

@@ -31,6 +31,7 @@ from training.readers import Place
 from training.recipe import Recipe
 from training.recorder import Recorder
 from training.rows import Row, turn
+from training.stopwatch import Stopwatch
 from training.train import TrainingResult, examine, train
 
 ROWS = [{"prompt": f"say {n}", "completion": f"{n * 7 % 10} ok"} for n in range(48)]
@@ -445,7 +446,7 @@ def test_a_server_that_is_not_there_is_noticed_before_training(base: Base, data:
 
 
 def test_a_diverging_run_ends() -> None:
-    recorder = Recorder(progress=False)
+    recorder = Recorder(progress=False, since_step=Stopwatch())
     state = type("State", (), {"global_step": 7})()
     recorder.on_log(None, state, None, {"loss": 1.0, "learning_rate": 1e-3})
     with pytest.raises(DivergedError, match="the loss is nan at step 7; lower learning_rate"):
