@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from quickchange.errors import (
+    DRAINING,
     NO_CONNECTION,
     DeadlineExceededError,
     QuickchangeError,
@@ -20,7 +21,6 @@ from quickchange.errors import (
 )
 
 DEFAULT_TARGET = "127.0.0.1:50051"
-DRAINING = "DRAINING"
 
 _REMEDY = "start one with `quickchange serve`, or correct the address"
 
@@ -105,8 +105,8 @@ class Endpoint:
         )
 
     def unlimited_attempts(self) -> "Attempts":
-        """The budget of a call that may last for ever; only its beginning is tried again."""
-        return replace(self.attempts(repeatable=True), deadline_s=None)
+        """The budget of a call that may last for ever; once it may have begun, it is not begun again."""
+        return replace(self.attempts(repeatable=False), deadline_s=None)
 
     @contextmanager
     def waiting(self, timeout_s: float) -> Iterator["Attempts"]:

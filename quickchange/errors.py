@@ -39,8 +39,12 @@ DOMAIN = "quickchange"
 NO_CONNECTION = "NO_CONNECTION"
 """Reason of an UnavailableError whose request never left this process, so that sending it again is safe."""
 
+DRAINING = "DRAINING"
+"""Reason of an UnavailableError of a server that is going away and did not begin with the call."""
+
 _NEVER_CONNECTED = "failed to connect to all addresses"  # gRPC has no code for it, only this text
 _DEADLINE_HERE = "Deadline Exceeded"  # what gRPC itself writes when the server said nothing
+_NEVER_TAKEN = "CANCELLED"  # the same, of a call that reached a server as it shut down; ours say "Locally"
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +200,8 @@ def from_rpc(error: grpc.RpcError) -> QuickchangeError:
         return UnavailableError(f"no server answers: {message}", reason=NO_CONNECTION)
     if code == "DEADLINE_EXCEEDED" and message == _DEADLINE_HERE:
         return DeadlineExceededError("the time-out passed before the answer was complete; allow more time")
+    if code == "CANCELLED" and message == _NEVER_TAKEN:
+        return UnavailableError("the server shut down before it took the call", reason=DRAINING)
     details = _Details.of(_rich_status(call))
     return _BY_CODE.get(code, QuickchangeError)(
         message or f"the server answered {code} without a message",

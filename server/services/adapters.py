@@ -134,7 +134,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def WatchAdapters(  # type: ignore[override]  # writes to the context, see StatusInterceptor
         self, request: adapters_pb2.WatchAdaptersRequest, context: Context
     ) -> None:
-        async with aclosing(self._feed.events(send_initial=request.send_initial)) as events:
+        since = await self._feed.now()
+        await context.send_initial_metadata(())  # says that no change is missed from here on
+        async with aclosing(self._feed.events(since, send_initial=request.send_initial)) as events:
             async for event in events:
                 await context.write(convert.adapter_event(event))
 

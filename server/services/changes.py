@@ -48,6 +48,14 @@ class Deleted:
 AdapterEvent = Present | Deleted
 
 
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Where adapters were, and the number of their last change."""
+
+    tiers: Mapping[str, TierName]
+    sequence: int
+
+
 class ChangeFeed:
     """Follows the store and the engine; has this server do what other servers' changes ask for."""
 
@@ -75,8 +83,12 @@ class ChangeFeed:
         self._closed = True
         self._tell()
 
-    async def events(self, *, send_initial: bool) -> AsyncGenerator[AdapterEvent, None]:
-        """Every change from now on; of a version that changes faster than this is read, the last one.
+    async def now(self) -> "Moment":
+        """From which on `events` tells."""
+        return Moment(self._engine.tiers(), await self._workers.run(self._store.changes.last))
+
+    async def events(self, since: "Moment", *, send_initial: bool) -> AsyncGenerator[AdapterEvent, None]:
+        """Every change since then; of a version that changes faster than this is read, the last one.
 
         Args:
             send_initial: begins with every version that is there.
@@ -85,8 +97,7 @@ class ChangeFeed:
             DrainingError: once the server drains.
             ChangesLostError: the reader is too far behind.
         """
-        tiers = self._engine.tiers()
-        sequence = await self._workers.run(self._store.changes.last)
+        tiers, sequence = since.tiers, since.sequence
         if send_initial:
             async for record in self._everything():
                 yield _present(record, tiers)

@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from quickchange import AdapterEvent, AsyncClient, Client, Residency, UnavailableError
+from quickchange.errors import from_rpc
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 from tests.e2e.process import ServerProcess
 
@@ -119,6 +120,36 @@ def test_a_reader_that_never_reads_holds_up_nobody_and_gets_the_last_state(
         assert told < 600
         asleep.cancel()
     client.adapters.delete("busy@1")
+
+
+def test_a_drain_ends_a_watch_that_had_nothing_to_tell(own_server: StartServer) -> None:
+    server = own_server()
+    with grpc.insecure_channel(server.grpc) as channel:
+        stub = adapters_pb2_grpc.AdapterServiceStub(channel)
+        watches = [stub.WatchAdapters(adapters_pb2.WatchAdaptersRequest()) for _ in range(4)]
+        for watch in watches:
+            assert watch.initial_metadata() is not None  # comes once it has begun
+        server.signal(signal.SIGTERM)
+        for watch in watches:
+            with pytest.raises(grpc.RpcError) as caught:
+                next(watch)
+            error = from_rpc(caught.value)
+            assert (error.code, error.reason) == ("UNAVAILABLE", "DRAINING")
+    assert server.wait(20) == 0
+
+
+def test_a_watch_misses_nothing_once_it_has_begun(
+    server: ServerProcess, client: Client, adapters: Mapping[str, Path]
+) -> None:
+    with grpc.insecure_channel(server.grpc) as channel:
+        watch = adapters_pb2_grpc.AdapterServiceStub(channel).WatchAdapters(
+            adapters_pb2.WatchAdaptersRequest(), timeout=60
+        )
+        watch.initial_metadata()
+        client.adapters.push(adapters["a"], "begun")
+        assert any(event.adapter.name == "begun" for event in watch)
+        watch.cancel()
+    client.adapters.delete("begun@1")
 
 
 def test_a_drain_ends_a_watch(own_server: StartServer, adapters: Mapping[str, Path]) -> None:

@@ -305,6 +305,19 @@ def test_reads_are_repeated_while_unavailable_generations_are_not(client: Client
     assert len(script.requests) == 2
 
 
+def test_a_call_that_a_server_did_not_take_as_it_shut_down(client: Client, script: Script) -> None:
+    """gRPC itself cancels it; that is no cancellation of the caller's."""
+    untaken = rich(grpc.StatusCode.CANCELLED, "CANCELLED")
+    script.failures = [untaken]
+    assert len(client.models()) == 2
+    script.failures = [untaken]
+    with pytest.raises(quickchange.UnavailableError) as caught:
+        client.generate("x")
+    assert caught.value.reason == "DRAINING"
+    script.failures = [untaken]
+    assert client.generate("x", retries=1).text
+
+
 def test_nobody_there(free_port: int) -> None:
     with Client(f"127.0.0.1:{free_port}", retry_window_s=0.3) as client:
         begun_s = time.monotonic()

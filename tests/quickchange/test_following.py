@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import grpc
 import pytest
 
 from quickchange import (
@@ -17,7 +18,7 @@ from quickchange import (
     UnavailableError,
 )
 from quickchange.cli import main
-from tests.quickchange.scripted import DIGEST, Script
+from tests.quickchange.scripted import DIGEST, Script, rich
 
 
 def test_a_watch_gives_events_until_the_server_goes(client: Client, script: Script) -> None:
@@ -29,6 +30,23 @@ def test_a_watch_gives_events_until_the_server_goes(client: Client, script: Scri
     assert [event.deleted for event in seen] == [False] * 4 + [True]
     assert caught.value.reason == "DRAINING"
     assert script.requests[0].send_initial
+
+
+def test_a_watch_that_may_have_begun_is_not_begun_again(client: Client, script: Script) -> None:
+    """What happened in between would be lost without a word."""
+    script.failures = [rich(grpc.StatusCode.UNAVAILABLE, "the server is draining", "DRAINING")]
+    with client.adapters.watch() as events, pytest.raises(UnavailableError) as caught:
+        next(events)
+    assert caught.value.reason == "DRAINING"
+    assert len(script.requests) == 1
+
+
+async def test_nor_with_asyncio(target: str, script: Script) -> None:
+    script.failures = [rich(grpc.StatusCode.UNAVAILABLE, "the server is draining", "DRAINING")]
+    async with AsyncClient(target) as client, client.adapters.watch() as events:
+        with pytest.raises(UnavailableError):
+            await anext(events.__aiter__())
+    assert len(script.requests) == 1
 
 
 def test_a_watch_outlasts_the_timeout_of_calls(target: str, script: Script) -> None:
