@@ -44,6 +44,8 @@ class QueueFullError(ServerError):
     """The waiting queue is full."""
 
     reason = "QUEUE_FULL"
+    is_quota = False
+    """Whether a limit of the server's settings was reached, which the status then names."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)

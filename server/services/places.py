@@ -15,6 +15,7 @@ class TooManyUploadsError(QueueFullError):
     """Every place for an upload is taken."""
 
     reason = "TOO_MANY_UPLOADS"
+    is_quota = True
 
 
 @dataclass(slots=True)

@@ -98,19 +98,28 @@ def _details_of(error: Exception) -> list[Message]:
             )
             extra: list[Message] = [error_details_pb2.BadRequest(field_violations=[violation])]
         case server_errors.QueueFullError():
-            delay = Duration()
-            delay.FromMilliseconds(max(1, round(error.retry_after_s * 1000)))
-            extra = [error_details_pb2.RetryInfo(retry_delay=delay)]
+            extra = [_retry_info(error.retry_after_s)]
+            extra += [_quota_failure(error)] if error.is_quota else []
         case adapter_errors.CapacityError():
-            quota = error_details_pb2.QuotaFailure.Violation(
-                subject=error.reason, description=clipped(str(error))
-            )
-            extra = [error_details_pb2.QuotaFailure(violations=[quota])]
+            extra = [_quota_failure(error)]
         case _:
             extra = []
     if isinstance(error, adapter_errors.AdapterError) and error.report is not None:
         extra.append(reports.refusal(error.report))
     return [_error_info(reason_of(error), _metadata_of(error)), *extra]
+
+
+def _retry_info(delay_s: float) -> error_details_pb2.RetryInfo:
+    delay = Duration()
+    delay.FromMilliseconds(max(1, round(delay_s * 1000)))
+    return error_details_pb2.RetryInfo(retry_delay=delay)
+
+
+def _quota_failure(error: Exception) -> error_details_pb2.QuotaFailure:
+    violation = error_details_pb2.QuotaFailure.Violation(
+        subject=reason_of(error), description=clipped(str(error))
+    )
+    return error_details_pb2.QuotaFailure(violations=[violation])
 
 
 def _metadata_of(error: Exception) -> Mapping[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from google.rpc import error_details_pb2
 
 from adapters import errors as adapter_errors
 from quickchange.errors import QuickchangeError, from_rpc
@@ -167,6 +168,25 @@ def test_a_full_quota_names_what_is_full() -> None:
         "google.rpc.ErrorInfo",
         "google.rpc.QuotaFailure",
     ]
+
+
+@pytest.mark.parametrize(
+    ("cls", "quotas"),
+    [
+        (TooManyUploadsError, ["TOO_MANY_UPLOADS"]),
+        (server_errors.QueueFullError, []),
+        (CanaryDelayedError, []),
+    ],
+)
+def test_a_limit_that_waiting_helps_against_is_named_beside_when_to_come_back(
+    cls: type[server_errors.QueueFullError], quotas: list[str]
+) -> None:
+    retry, quota = error_details_pb2.RetryInfo(), error_details_pb2.QuotaFailure()
+    details = status_of(cls("2 are under way", 2.5)).details
+    assert [detail.Unpack(retry) for detail in details].count(True) == 1
+    assert retry.retry_delay.ToMilliseconds() == 2500
+    found = [quota.violations[0].subject for detail in details if detail.Unpack(quota)]
+    assert found == quotas
 
 
 async def test_an_error_in_the_middle_of_a_stream_ends_it_with_its_status(raising: Any) -> None:
