@@ -19,6 +19,8 @@ from quickchange.upload import UploadPlan
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 
 _WORTH_GOING_ON = ("UPLOAD_STALLED", "UPLOAD_BUSY")
+_UNDECIDED = "CANARY_NOT_REPLAYED"
+"""The server was too busy for the last check; it has all the bytes, and keeps them for a while."""
 
 
 class Push:
@@ -58,7 +60,7 @@ class Push:
             return self._run(self._committed() if begun else self._nothing())
         except QuickchangeError as error:
             ended_here = isinstance(error, DeadlineExceededError | CancelledError)
-            if self._has_sent and (is_cut(error) or ended_here):
+            if self._has_sent and (is_cut(error) or ended_here or error.reason == _UNDECIDED):
                 error.upload_id = self._header.upload_id
             raise
 
@@ -75,7 +77,7 @@ class Push:
         """Where to go on, when it is time to."""
         if not is_cut(error):
             time.sleep(self._attempts.delay_s(error))
-            return offsets
+            return self._committed() if error.reason == _UNDECIDED else offsets
         committed = self._committed()
         if sum(committed) > sum(offsets):
             self._attempts = self._attempts.renewed()

@@ -20,12 +20,20 @@ from adapters.report import ValidationReport
 from adapters.store import AdapterStore
 from adapters.uploads import shelf_key
 from server.config import ServerSettings
-from server.errors import InvalidRequestError, UploadAbortedError, UploadNotFoundError, UploadStateError
+from server.errors import (
+    DrainingError,
+    EngineDownError,
+    InvalidRequestError,
+    UploadAbortedError,
+    UploadNotFoundError,
+    UploadStateError,
+)
 from server.metrics import Metrics
 from server.services.admission import Admission
 from server.services.drafts import Draft, Ingested, Parked, ResumableDraft, outcome_of
 from server.services.inbox import Inbox, Messages, UploadStalledError
 from server.services.places import Places
+from server.services.replay import CanaryDelayedError
 from server.services.room import Room
 from server.services.statuses import reason_of
 from server.services.upload_plan import UploadPlan, check_upload_id, plan_of
@@ -47,8 +55,12 @@ _CUT: Final = (
     UploadOffsetError,
     UploadIncompleteError,
     ChunkCorruptError,
+    CanaryDelayedError,
+    DrainingError,
+    EngineDownError,
 )
-"""What breaks an upload on its way. What came before is sound, and a resumable one keeps it."""
+"""What breaks an upload on its way, or keeps this server from deciding on it at its end. The bytes are sound,
+and a resumable one keeps them: none is sent twice because a server was busy or restarted."""
 
 _EVERYBODY: Final = ""  # owner of every upload, as long as callers have no names
 _LONGEST_SWEEP_S: Final = 60.0

@@ -66,10 +66,10 @@ class CanaryReplay:
             await run.load()
             for probe in canary.probes:
                 await run.ask(probe)
-        except DeadlineError:
+        except (DeadlineError, QueueFullError) as error:
             raise CanaryDelayedError(
-                f"the canary was not replayed within {self._timeout_s:g} s, since the server is busy; "
-                "upload again later",
+                f"the server is too busy to replay the canary, {self._timeout_s:g} s at most: {error}; "
+                "go on later with the same upload_id, or upload again",
                 _RETRY_AFTER_S,
             ) from None
         return (

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,11 @@ from quickchange import (
     NotFoundError,
     ResourceExhaustedError,
     Started,
+    UnavailableError,
     ValidationCheck,
     ValidationReport,
 )
+from quickchange.upload import UploadPlan
 from tests.e2e.conftest import SMALL
 from tests.e2e.process import ServerProcess, eventually, running
 from tests.e2e.spoiling import MANIFEST
@@ -31,6 +35,7 @@ from tests.e2e.test_lifecycle import first_tokens
 from tests.e2e.test_uploads import contents
 from training.canary import record_canary
 
+RECEIVED = "quickchange_adapter_upload_bytes_total"
 PROMPTS = [(40, 41, 42, 43), tuple(range(60, 80)), (7,)]
 
 
@@ -78,6 +83,10 @@ def edited(folder: Path, out: Path, edit: Callable[[dict[str, Any]], None]) -> P
     edit(members["canary"])
     (out / MANIFEST).write_text(json.dumps(members))
     return out
+
+
+def blobs(server: ServerProcess) -> set[str]:
+    return {path.name for path in (server.store / "blobs/sha256").iterdir()}
 
 
 def canary_of(report: ValidationReport | None) -> ValidationCheck:
@@ -213,7 +222,7 @@ def test_a_busy_server_keeps_its_requests_and_asks_to_come_back(
     server = own_server(engine__max_running_requests=2, grpc__canary_timeout_s=3)
     with server.client() as client, ExitStack() as streams:
         client.adapters.push(adapters["b"], "b")
-        before = contents(server.store)
+        before, before_blobs = contents(server.store), blobs(server)
         alone = client.generate("busy", adapter="b", max_new_tokens=64, ignore_eos=True).token_ids
         busy = [
             streams.enter_context(client.stream("busy", adapter="b", max_new_tokens=15_000, ignore_eos=True))
@@ -231,8 +240,50 @@ def test_a_busy_server_keeps_its_requests_and_asks_to_come_back(
             client.adapters.push(with_canaries["a"], "late")
         assert caught.value.reason == "CANARY_NOT_REPLAYED"
         assert caught.value.retry_after_s is not None
+        with pytest.raises(NotFoundError):
+            client.adapters.get("late")
         assert client.server_info().capacity.requests_running == 2
         assert [first_tokens(stream, 64)[:64] for stream in busy] == [list(alone)] * 2
-        eventually(lambda: contents(server.store) == before)
         streams.close()
-        assert canary_of(client.adapters.push(with_canaries["a"], "late").report).outcome == "passed"
+        received = server.scrape()[RECEIVED]
+        result = client.adapters.push(with_canaries["a"], "late", upload_id=caught.value.upload_id)
+        assert canary_of(result.report).outcome == "passed"
+        assert server.scrape()[RECEIVED] == received, "the server had every byte"
+        client.adapters.delete("late@1")
+        eventually(lambda: blobs(server) == before_blobs)
+
+
+def test_a_busy_server_is_asked_again_with_what_it_has(
+    own_server: Callable[..., ServerProcess], with_canaries: Mapping[str, Path]
+) -> None:
+    """The client comes back as often as it may; the bytes are sent once."""
+    server = own_server(engine__max_running_requests=1, grpc__canary_timeout_s=1)
+    with server.client() as client, client.stream("busy", max_new_tokens=15_000, ignore_eos=True) as busy:
+        assert isinstance(next(busy), Started)
+        with pytest.raises(ResourceExhaustedError) as caught:
+            client.adapters.push(with_canaries["a"], "late", retries=1)
+        assert caught.value.reason == "CANARY_NOT_REPLAYED"
+    scraped = server.scrape()
+    assert scraped['quickchange_adapter_uploads_total{result="CANARY_NOT_REPLAYED"}'] == 2
+    assert scraped[RECEIVED] == UploadPlan.of(with_canaries["a"]).size_bytes
+
+
+def test_a_server_that_goes_away_before_it_could_decide_keeps_the_bytes(
+    own_server: Callable[..., ServerProcess], with_canaries: Mapping[str, Path]
+) -> None:
+    first = own_server(engine__max_running_requests=1, grpc__drain_grace_s=1)
+    with first.client() as client, client.stream("busy", max_new_tokens=15_000, ignore_eos=True) as busy:
+        assert isinstance(next(busy), Started)
+        with ThreadPoolExecutor() as pool:
+            pushing = pool.submit(client.adapters.push, with_canaries["a"], "moved", upload_id="moved")
+            eventually(lambda: blobs(first))  # all checks but the canary have passed
+            first.signal(signal.SIGTERM)
+            with pytest.raises(UnavailableError) as caught:
+                pushing.result()
+    assert caught.value.upload_id == "moved"
+    assert first.wait() == 0
+    second = own_server(store=first.store)
+    with second.client() as client:
+        result = client.adapters.push(with_canaries["a"], "moved", upload_id="moved")
+        assert canary_of(result.report).outcome is CheckOutcome.PASSED
+    assert second.scrape().get(RECEIVED, 0.0) == 0.0
