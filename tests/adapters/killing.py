@@ -1,44 +1,28 @@
 """Kills a process inside the store, at every system call and SQL statement, and looks at what is left.
 
-Run as a program, so that the processes it forks have neither torch nor threads:
+Run as a program, so that the processes it forks have no threads:
 `python -m tests.adapters.killing OPERATION FOLDER` prints one line of JSON.
 """
 
 import json
 import os
-import shutil
-import signal
 import sqlite3
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from adapters.files import WEIGHTS_FILE
-from adapters.manifest import ListedVersion
+from adapters.export_archive import export_store
+from adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from adapters.retention import RetentionPolicy
 from adapters.store import AdapterState, AdapterStore
+from tests.adapters.dying import Work, copy, deaths
 from tests.adapters.staging import digest_of, facts_of, publish, stage
 
-# What changes a disk, or says that it did. A process is killed before and after each of them.
-EFFECTS = frozenset(
-    {
-        "execute",
-        "fchmod",
-        "flock",
-        "fsync",
-        "link",
-        "mkdir",
-        "open",
-        "rename",
-        "replace",
-        "rmdir",
-        "unlink",
-        "write_text",
-    }
-)
+ARCHIVE = "archive.tar"
 
 
 def prepare(root: Path) -> None:
@@ -81,41 +65,62 @@ def delete_and_remove(store: AdapterStore) -> None:
         store.remove_blob(digest)
 
 
-def publish_and_point(store: AdapterStore) -> None:
-    store.publish("new", stage(store, "new"), facts_of("new"), labels={"a": "b"})
-
-
 def collect_and_remove(store: AdapterStore) -> None:
     store.collect(RetentionPolicy(keep_versions=1, min_age_s=0), dry_run=False)
     store.recover()
 
 
-def adopt(store: AdapterStore) -> None:
-    """The last step of an import: two contents, three versions, one of which is there already."""
+def write_archive(root: Path) -> None:
+    """Beside the store, an archive of three contents; one of them is in the store already."""
+    with AdapterStore(root) as store:
+        publish_real(store, "known", 1, content=1)
+    with tempfile.TemporaryDirectory() as other, AdapterStore(Path(other)) as source:
+        publish_real(source, "known", 1, content=1)
+        publish_real(source, "new", 2, content=2)
+        publish_real(source, "sql", 7, content=3)
+        source.update("new", 2, set_aliases=["prod"], pinned=True, labels={"a": "b"})
+        export_store(source, root / ARCHIVE)
 
-    def listed(name: str, version: int, content: str) -> ListedVersion:
-        return ListedVersion(name, version, digest_of(content), True, ("taken",), {"a": "b"}, "", 1.0)
 
-    staged = {digest_of(content): (stage(store, content), facts_of(content)) for content in ("x", "y")}
-    versions = [listed("new", 2, "x"), listed("sql", 1, "one"), listed("sql", 7, "y")]
-    store.adopt(staged, versions, {"new": 5}, renumber=False)
+def publish_real(store: AdapterStore, name: str, version: int, content: int) -> None:
+    """Files whose digest is that of what they hold, as an import insists."""
+    import torch  # as an import does; the other operations do without
+    from safetensors.torch import save_file
+
+    from adapters.measures import stored_digest
+
+    staged = store.new_staging()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (staged / CONFIG_FILE).write_text(json.dumps(config))
+    save_file({"lora_A": torch.full((2, 4), float(content))}, staged / WEIGHTS_FILE)
+    size_bytes = sum(path.stat().st_size for path in staged.iterdir())
+    facts = replace(facts_of(name), digest=stored_digest(staged), size_bytes=size_bytes)
+    store.publish(name, staged, facts, version=version)
 
 
-OPERATIONS: dict[str, Callable[[AdapterStore], object]] = {
-    "open": lambda store: None,
-    "migrate": lambda store: None,
-    "publish": publish_and_point,
-    "publish next version": lambda store: publish(store, "sql", "three"),
-    "publish known content": lambda store: publish(store, "third", "two"),
-    "heal": lambda store: publish(store, "sql", "broken"),
-    "update": lambda store: store.update(
+def take_archive(store: AdapterStore, root: Path) -> None:
+    from adapters.import_archive import import_store  # with torch
+
+    import_store(store, root / ARCHIVE)
+
+
+OPERATIONS: dict[str, Callable[[AdapterStore, Path], object]] = {
+    "open": lambda store, root: None,
+    "migrate": lambda store, root: None,
+    "publish": lambda store, root: store.publish(
+        "new", stage(store, "new"), facts_of("new"), labels={"a": "b"}
+    ),
+    "publish next version": lambda store, root: publish(store, "sql", "three"),
+    "publish known content": lambda store, root: publish(store, "third", "two"),
+    "heal": lambda store, root: publish(store, "sql", "broken"),
+    "update": lambda store, root: store.update(
         "sql", 2, set_aliases=["prod", "next"], pinned=True, labels={"x": "y"}
     ),
-    "delete": delete_and_remove,
-    "delete all": lambda store: store.delete("sql", all_versions=True),
-    "collect": collect_and_remove,
-    "import": adopt,
-    "mark failed": lambda store: store.mark_failed(digest_of("two"), "bit rot"),
+    "delete": lambda store, root: delete_and_remove(store),
+    "delete all": lambda store, root: store.delete("sql", all_versions=True),
+    "collect": lambda store, root: collect_and_remove(store),
+    "import": take_archive,
+    "mark failed": lambda store, root: store.mark_failed(digest_of("two"), "bit rot"),
 }
 
 
@@ -125,62 +130,29 @@ def main(operation: str, folder: Path) -> None:
         downgrade(folder / "before")
     elif operation != "open":  # its left-overs are for that one only
         AdapterStore(folder / "before").close()
-    old = state_after(folder, lambda store: None)
-    new = state_after(folder, OPERATIONS[operation])
+    if operation == "import":
+        write_archive(folder / "before")
+    old = inspect(copy(folder))
+    root = copy(folder)
+    with AdapterStore(root) as store:
+        OPERATIONS[operation](store, root)
+    new = inspect(root)
     outcomes = []
-    for kill_at in range(10_000):
-        root = copy(folder)
-        killed = run_killed(root, operation, kill_at)
+    for root in deaths(folder, working(operation)):
         left = inspect(root)
         outcomes.append("old" if left == old else "new" if left == new else f"neither: {left}")
-        if not killed:
-            break
     print(json.dumps({"same": old == new, "outcomes": outcomes}))
 
 
-def state_after(folder: Path, operation: Callable[[AdapterStore], object]) -> Any:
-    root = copy(folder)
-    with AdapterStore(root) as store:
-        operation(store)
-    return inspect(root)
-
-
-def copy(folder: Path) -> Path:
-    shutil.rmtree(folder / "now", ignore_errors=True)
-    shutil.copytree(folder / "before", folder / "now", symlinks=True)
-    return folder / "now"
-
-
-def run_killed(root: Path, operation: str, kill_at: int) -> bool:
-    """Runs the operation in a process that dies at its kill_at-th effect; False if it came to its end."""
-    child = os.fork()
-    if child == 0:
+def working(operation: str) -> Work:
+    def work(root: Path, be_mortal: Callable[[], None]) -> None:
         if operation in ("open", "migrate"):
-            die_at(kill_at)
+            be_mortal()
         store = AdapterStore(root)
-        die_at(kill_at)
-        OPERATIONS[operation](store)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return True
-    assert os.WEXITSTATUS(status) == 0, "the operation failed by itself"
-    return False
+        be_mortal()
+        OPERATIONS[operation](store, root)
 
-
-def die_at(kill_at: int) -> None:
-    if sys.getprofile() is not None:
-        return  # it counts already
-    seen = 0
-
-    def watch(frame: FrameType, event: str, argument: Any) -> None:
-        nonlocal seen
-        if event in ("c_call", "c_return") and argument.__name__ in EFFECTS:
-            if seen == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            seen += 1
-
-    sys.setprofile(watch)
+    return work
 
 
 def inspect(root: Path) -> Any:
