@@ -69,6 +69,10 @@ class BlobFolder:
     def discard(self, staged: Path) -> None:
         """Removes a staging folder; nothing happens if it is gone already."""
         self._check_staged(staged)
+        if staged.parent != self._session:  # of an upload, which must not be found with half of its files
+            with contextlib.suppress(OSError):
+                self.throw_away(staged)
+            self.empty_trash()
         remove_tree(staged)
 
     def seal(self, staged: Path) -> tuple[StoredFile, ...]:

@@ -122,7 +122,7 @@ class ShelfPlace:
             CapacityError: the disk does not take it.
         """
         with disk_errors():
-            remove_tree(self._folder)
+            _remove_entry(self._folder)
             self.files.mkdir(mode=0o700, parents=True)
             self._write_state((0,) * file_count)
             replace_text(self._folder / _PLAN, plan)  # last: without it, nothing is there
@@ -149,7 +149,7 @@ class ShelfPlace:
 
     def remove(self) -> None:
         """Removes the upload with all it has, and gives its place back."""
-        remove_tree(self._folder)
+        _remove_entry(self._folder)
         _lock_of(self._folder).unlink(missing_ok=True)
         self.release()
 
@@ -176,6 +176,13 @@ def _read(folder: Path) -> Shelved | None:
         return Shelved(plan, tuple(state["offsets"]), state["mark"], outcome)
     except (OSError, ValueError, KeyError):  # not there, or damaged: it begins again
         return None
+
+
+def _remove_entry(folder: Path) -> None:
+    """Its plan first: without one nothing is there, so nothing is told of files that are half removed."""
+    with suppress(OSError):
+        (folder / _PLAN).unlink()
+    remove_tree(folder)
 
 
 def _lock_of(folder: Path) -> Path:

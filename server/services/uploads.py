@@ -184,10 +184,14 @@ def _opened(path: Path, declared: StoredFile, received: Received | None, index: 
 
 def _make_ours(path: Path) -> None:
     """Writable, if it was sealed already; and a file of its own, if its canary's blob still shares it."""
+    copy = path.parent.with_name(f"copy-{path.name}")  # not among the adapter's files
     with disk_errors():
+        copy.unlink(missing_ok=True)  # of a process that was killed here
         if path.stat().st_nlink > 1:
-            copy = path.parent.with_name(f"copy-{path.name}")  # not among the adapter's files
-            shutil.copyfile(path, copy)
+            with path.open("rb") as source, copy.open("xb") as sink:
+                shutil.copyfileobj(source, sink, MAX_CHUNK_BYTES)
+                sink.flush()
+                os.fsync(sink.fileno())  # or the bytes that were durable would not be any more
             copy.replace(path)
         path.chmod(0o600)
 
