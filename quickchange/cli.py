@@ -17,6 +17,7 @@ from quickchange.commands import (
     generate,
     info,
     merge,
+    plan,
     serve,
     store,
     train,
@@ -39,6 +40,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "demo": demo,
     "train": train,
     "evaluate": evaluate,
+    "plan": plan,
     "merge": merge,
 }
 

@@ -1,0 +1,156 @@
+"""The formula counts what torch keeps and what a base weighs, and stands beside published figures."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from adapters.base import load_base
+from tests.models import build_tiny_model
+from training.activations import layer_bytes
+from training.memory import base_bytes, predict_memory, trained_values
+from training.published import SHAPES, comparisons
+from training.shape import ModelShape, read_shape, shape_of
+from training.workload import TECHNIQUES, Workload
+
+ROWS, COLUMNS, RANK = 4, 64, 8
+CONFIG = {
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 48, "vocab_size": 1000,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+SHAPE = shape_of(CONFIG, "small")
+WORK = Workload(
+    method="lora", place="cpu", storage="none", rank=RANK, batch_rows=ROWS, row_tokens=COLUMNS,
+    kept_tokens=COLUMNS, activation_bytes=4, product_bytes=4,
+)  # fmt: skip
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def wrapped(method: str, dtype: torch.dtype, **changes: Any) -> Any:
+    options = {key: value for key, value in CONFIG.items() if key != "model_type"}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **options), dtype=dtype)
+    if method == "full":
+        return base
+    base.requires_grad_(False)
+    if method == "ia3":
+        modules = ["k_proj", "v_proj", "down_proj"]
+        config = IA3Config(target_modules=modules, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    else:
+        config = LoraConfig(
+            r=RANK,
+            task_type="CAUSAL_LM",
+            **({"target_modules": LINEAR, "use_dora": method == "dora"} | changes),
+        )
+    return get_peft_model(base, config)
+
+
+def kept_bytes(model: Any) -> int:
+    """Of what autograd keeps after a forward pass, weights and log-probabilities left out."""
+    model.train()
+    weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights and tensor.shape[-1:] != (CONFIG["vocab_size"],):
+            kept[address] = tensor
+        return tensor
+
+    ids = torch.randint(5, 1000, (ROWS, COLUMNS))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(input_ids=ids, attention_mask=mask, labels=ids)
+    assert output.loss.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("method", "options", "settings"),
+    [
+        ("lora", {}, {}),
+        ("lora", {"target_modules": ["q_proj", "v_proj"]}, {"targets": ("q_proj", "v_proj")}),
+        ("lora", {"lora_dropout": 0.1}, {"dropout": True}),
+        ("ia3", {}, {}),
+        ("full", {}, {}),
+    ],
+    ids=["lora", "two targets", "dropout", "ia3", "full"],
+)
+def test_what_autograd_keeps_is_what_the_formula_counts(
+    method: str, options: dict[str, Any], settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    work = replace(WORK, method=method, activation_bytes=dtype.itemsize, **settings)
+    predicted = layer_bytes(SHAPE, work).total * SHAPE.layers
+    assert predicted == pytest.approx(kept_bytes(wrapped(method, dtype, **options)), rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "full"])
+def test_trained_values_are_counted_exactly(method: str) -> None:
+    model = wrapped(method, torch.float32)
+    actual = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained_values(SHAPE, replace(WORK, method=method)) == actual
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_base_weighs_what_is_predicted(tmp_path: Path, base_cache: Path, quantization: Any) -> None:
+    folder = build_tiny_model(tmp_path)
+    base = load_base(
+        str(folder),
+        purpose="train",
+        quantization=quantization,
+        device="cpu",
+        cache_dir=base_cache,
+        progress=False,
+    )
+    predicted = base_bytes(read_shape(folder, "tiny"), replace(WORK, storage=quantization))
+    tables = 1024 * len(base.layout.modules) if quantization == "nf4" else 0  # each layer's 256 code values
+    assert predicted + tables == pytest.approx(base.weight_bytes, rel=0.03)
+
+
+def test_every_method_has_a_prediction_whose_parts_are_the_total() -> None:
+    for method, technique in TECHNIQUES.items():
+        memory = predict_memory(SHAPE, replace(WORK, method=method, storage=technique.storage))
+        assert memory.total_bytes == sum(memory.parts.values())
+        assert memory.total_bytes > memory.parts["process"] + memory.parts["base"]
+
+
+def test_savings_save() -> None:
+    shape = SHAPES["7B"]
+    work = replace(WORK, batch_rows=8, row_tokens=512, activation_bytes=2, product_bytes=2, place="cuda")
+
+    def total(**changes: Any) -> int:
+        return predict_memory(shape, replace(work, **changes)).total_bytes
+
+    assert total(checkpointing=True) < 0.5 * total()
+    assert total(batch_rows=4) < total()
+    assert total(optimizer="adamw_8bit") < total()
+    assert total(storage="nf4") < total(storage="nf4-single") < total(storage="int8") < total()
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("7B", 6.738), ("13B", 13.016), ("30B", 32.529), ("70B", 68.977), ("8x7B", 46.703), ("8x22B", 140.63)],
+)
+def test_published_shapes_have_the_published_parameters(name: str, billions: float) -> None:
+    assert SHAPES[name].parameters / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+def test_formula_and_published_figures_are_of_one_size() -> None:
+    """A vendor's round figures for unstated batches: more than half and less than twice."""
+    found = [one for one in comparisons() if not one.weights_only]
+    assert len(found) == 35
+    assert all(0.5 < one.ratio < 2 for one in found)
+    assert all(one.smallest_gb < one.predicted_gb for one in found)
+
+
+def test_a_shape_survives_gpt2s_names() -> None:
+    gpt2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257}
+    shape: ModelShape = shape_of(gpt2, "gpt2")
+    assert (shape.inner, shape.gated, shape.tied) == (3072, False, True)
+    assert shape.parameters == pytest.approx(124e6, rel=0.02)

@@ -1,0 +1,82 @@
+"""Owns finding the batch of a file of rows that takes the most memory. Loads a tokenizer and no weights."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from adapters.support import supported_config
+from adapters.text import generation_config, text_of
+from training.data import TrainingData, prepare
+from training.encoding import RowEncoder
+from training.packing import Pack
+from training.recipe import Recipe
+from training.row_lengths import Rows
+from training.shape import ModelShape
+from training.shared_prefix import common_beginning
+
+
+def measured_rows(recipe: Recipe, shape: ModelShape, folder: Path) -> Rows:
+    """The rows of a recipe as the tokenizer in `folder` sees them.
+
+    Raises:
+        DataError: the rows cannot be used.
+        UnsupportedBaseError: the base cannot be trained here.
+    """
+    config = supported_config(folder)
+    text = text_of(folder, config, generation_config(folder, config))
+    length = min(recipe.max_length, text.max_context_tokens)
+    encoder = RowEncoder(
+        text.tokenizer,
+        text.chat_template,
+        text.eos_token_ids,
+        length,
+        loss_on=recipe.loss_on,
+        on_too_long=recipe.on_too_long,
+    )
+    return heaviest_rows(prepare(recipe, encoder), recipe, shape)
+
+
+def heaviest_rows(data: TrainingData, recipe: Recipe, shape: ModelShape) -> Rows:
+    """Of batches of like length, as they are learned, the one with the most to keep.
+
+    Which rows meet in a batch is drawn anew in each epoch; here they are those of nearest length.
+    """
+    longest_first = sorted(data.sequences, key=_tokens, reverse=True)
+    batches = [
+        longest_first[first : first + recipe.batch_size]
+        for first in range(0, len(longest_first), recipe.batch_size)
+    ]
+    shapes = (_batch(packs, recipe, shape) for packs in batches)
+    longest, kept, shared = max(shapes, key=lambda found: found[0] * shape.layers + found[1])
+    return Rows(longest, kept, shared, sum(map(_tokens, data.sequences)), len(data.sequences))
+
+
+def _batch(packs: Sequence[Pack], recipe: Recipe, shape: ModelShape) -> tuple[int, int, bool]:
+    """Tokens a row, logits a row, whether the rows are one sequence."""
+    width = max(map(_tokens, packs))
+    kept = 1 + max(_kept(pack) for pack in packs)
+    if recipe.packing or not recipe.share_prefixes or recipe.neftune_alpha:
+        return width, kept, False
+    examples = [example for pack in packs for example in pack]
+    shared = common_beginning(examples)
+    together = shared + sum(len(example.token_ids) - shared for example in examples)
+    if _work(shape, 1, together) >= _work(shape, len(examples), width):
+        return width, kept, False
+    learned = 1 + sum(example.learned_tokens for example in examples)
+    return math.ceil(together / len(examples)), math.ceil(learned / len(examples)), True
+
+
+def _work(shape: ModelShape, rows: int, tokens: int) -> float:
+    attention = 4.0 * shape.layers * shape.query_width * tokens
+    return rows * tokens * (2.0 * shape.active_linear_parameters + attention)
+
+
+def _tokens(pack: Pack) -> int:
+    return sum(len(example.token_ids) for example in pack)
+
+
+def _kept(pack: Pack) -> int:
+    """Columns from the first that is learned to the last; of several examples those that are learned."""
+    if len(pack) == 1:
+        return len(pack[0].token_ids) - pack[0].learned_from
+    return sum(example.learned_tokens for example in pack)
