@@ -7,7 +7,7 @@ What autograd keeps of a layer of the Llama kind, per token; tests/training/test
 with torch.autograd.graph.saved_tensors_hooks:
 
 residual      2·H·4          each RMSNorm squares its input in float32, whatever the activations' type
-norms         2·H·a          what a norm's weight multiplies, if that weight is trained
+norms         2·H·4          what a norm's weight multiplies, if that weight is trained
 attention     4·A·a + 4·heads  queries, keys and values widened to the queries' heads, the result, log-sum-exp
 MLP           3·I·a          both projections and the activation between them; I·a in an MLP without gate
 inputs        see below      what the trained weights multiply: their gradients need it
@@ -24,7 +24,7 @@ with dropout, besides the noise. Every targeted module keeps R values of float32
 from dataclasses import dataclass
 from typing import Final
 
-from training.shape import LinearModule, ModelShape, Reads
+from training.shape import LinearModule, ModelShape
 from training.workload import Workload
 
 _FLOAT32: Final = 4
@@ -49,7 +49,7 @@ class LayerBytes:
 def layer_bytes(shape: ModelShape, work: Workload) -> LayerBytes:
     """What a decoder layer keeps for its backward pass."""
     tokens, a = work.tokens, work.activation_bytes
-    norms = 2 * shape.hidden * a if work.trains == "all" else 0
+    norms = 2 * shape.hidden * _FLOAT32 if work.trains == "all" else 0
     return LayerBytes(
         residual=tokens * (2 * shape.hidden * _FLOAT32 + norms),
         attention=_attention_bytes(shape, work),
@@ -72,7 +72,8 @@ def _input_bytes(shape: ModelShape, work: Workload) -> int:
     if work.trains == "all":
         return _shared_input_bytes(shape, shape.modules, work.activation_bytes)
     if work.trains == "ia3":
-        return _shared_input_bytes(shape, _modules_reading(shape, "mlp product"), _FLOAT32)
+        scaled = [m for m in shape.targeted(work.targets) if m.reads == "mlp product"]
+        return _shared_input_bytes(shape, tuple(scaled), _FLOAT32)
     if work.trains not in ("lora", "dora"):
         return 0
     targets = shape.targeted(work.targets)
@@ -96,17 +97,14 @@ def _shared_input_bytes(shape: ModelShape, modules: tuple[LinearModule, ...], va
 
 
 def _output_bytes(shape: ModelShape, work: Workload) -> int:
-    """DoRA scales what the frozen weight gives and what the update gives; IA³ the keys and the values."""
+    """DoRA scales what the frozen weight and the update give; IA³ what attention is given."""
     if work.trains == "dora":
         outs = sum(module.out_features * _uses(module, shape) for module in shape.targeted(work.targets))
         return outs * (work.activation_bytes + _FLOAT32)
     if work.trains == "ia3":
-        return 2 * shape.key_width * work.activation_bytes
+        scaled = [m for m in shape.targeted(work.targets) if m.reads != "mlp product"]
+        return sum(module.out_features for module in scaled) * work.activation_bytes
     return 0
-
-
-def _modules_reading(shape: ModelShape, reads: Reads) -> tuple[LinearModule, ...]:
-    return tuple(module for module in shape.modules if module.reads == reads)
 
 
 def _uses(module: LinearModule, shape: ModelShape) -> int:

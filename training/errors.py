@@ -7,7 +7,8 @@ TrainingError
 ├── DivergedError    the loss is no number any more
 ├── StoppedError     somebody stopped it; it can go on
 ├── PublishError     the server refuses the adapter, or would refuse it
-└── EvaluationError  a question is refused, or the server goes away while it is asked
+├── EvaluationError  a question is refused, or the server goes away while it is asked
+└── ShortOfMemoryError  less memory is free than the run would take
 """
 
 
@@ -41,3 +42,7 @@ class PublishError(TrainingError):
 
 class EvaluationError(TrainingError):
     """A question is refused, or the server goes away while it is asked."""
+
+
+class ShortOfMemoryError(TrainingError):
+    """Less memory is free than the run would take."""

@@ -1,7 +1,6 @@
 """Owns the optimization itself: the Trainer, its arguments, and what it did. Writes no artefact."""
 
 import math
-import resource
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -21,6 +20,7 @@ from training.batches import Collator, PackCollator, Sequences, SequenceTrainer
 from training.curve import EvalPoint, LossPoint
 from training.data import TrainingData
 from training.errors import StoppedError
+from training.footprint import peak_bytes
 from training.keeping import BestKeeper, CheckpointKeeper
 from training.noise import noisy_embeddings
 from training.optimizers import optimizer_name, own_optimizer
@@ -43,7 +43,7 @@ class Fit:
     Attributes:
         tokens: that went through the model, padding not counted.
         seconds: of optimization alone, without loading and saving; over all processes of the run.
-        peak_memory_bytes: on CUDA of its allocator, on a CPU of the whole process so far.
+        peak_memory_bytes: on CUDA of its allocator, on a CPU of the whole process; training/footprint.py.
         best_step: whose weights the adapter has, with early stopping; None: the last step's.
         resumed_at: the step of the checkpoint that the run went on from; None if it ran through.
     """
@@ -131,7 +131,7 @@ def fit(
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         optimizer=optimizer_name(recipe, base.device),
         products=name_of(products),
-        peak_memory_bytes=_peak_memory_bytes(base.device),
+        peak_memory_bytes=peak_bytes(base.device),
         losses=losses(history),
         evals=evals(history),
         best_step=best_step,
@@ -229,9 +229,3 @@ def _collator(
 def _pad_id(base: Base) -> int:
     pad = base.tokenizer.pad_token_id
     return 0 if pad is None else int(pad)
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

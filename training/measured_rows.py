@@ -55,7 +55,8 @@ def _batch(packs: Sequence[Pack], recipe: Recipe, shape: ModelShape) -> tuple[in
     """Tokens a row, logits a row, whether the rows are one sequence."""
     width = max(map(_tokens, packs))
     kept = 1 + max(_kept(pack) for pack in packs)
-    if recipe.packing or not recipe.share_prefixes or recipe.neftune_alpha:
+    alone = recipe.kind.family in ("prefix", "prompt")  # what is learned stands before each row
+    if alone or recipe.packing or not recipe.share_prefixes or recipe.neftune_alpha:
         return width, kept, False
     examples = [example for pack in packs for example in pack]
     shared = common_beginning(examples)

@@ -3,15 +3,16 @@
 P parameters, R rank, D in-features, O out-features, L layers, V vocabulary, H hidden, T tokens of a batch,
 padding included, N rows of logits (rows × kept columns); a bytes of an activation, p of a dequantised weight.
 
-process        what the interpreter and the libraries take before a base is there
-base           linear layers: P·a, under NF4, FP4 P·(1/2 + s), s = 4/64 bytes of a float32 scale a block
-               of 64, with double quantisation 1/64 + 4/(64·256) (QLoRA, Dettmers et al. 2023: 0.5 → 0.127 bit
-               per parameter); int8 P + 4 bytes a row. Embedding, head and norms: P·a
-trained        what is added to the base, in float32: LoRA R·(D + O) a module, DoRA O more (the magnitudes),
-               IA³ K + K + I a layer, prefix 2·K a virtual token and layer, prompt H a virtual token, BitFit O
-               a module; full training adds nothing
-gradients      one value per trained value
-optimizer      AdamW: two values per trained value, of its type; 8-bit: 2 bytes, and 2·4 bytes a block of 256
+process        what the interpreter and the libraries take, and what loading leaves
+base           linear layers: P·w; under NF4 and FP4 P·(1/2 + s), s = 4/64 bytes of a float32 scale a block
+               of 64, with double quantisation 1/64 + 4/(64·256) (Dettmers et al. 2023: 0.5 → 0.127 bit a
+               parameter); int8 P + 4 bytes a row. Embedding, head and norms: P·w. w is a, but 4 where the
+               base's own weights are trained
+trained        in float32: LoRA R·(D + O) a module, DoRA O more (the magnitudes), IA³ K + K + I a layer,
+               prefix 2·K a virtual token and layer, prompt H a virtual token; full training and BitFit a
+               copy of what they train, since the base stays as it is, and under autocast another P·p
+gradients      4 bytes a trained value
+optimizer      AdamW: 8 bytes a trained value; 8-bit: 2 bytes, and 2·4 bytes a block of 256
 activations    what autograd keeps, training/activations.py; with checkpointing each layer's input H·a, and
                all of one layer while it is computed again
 logits         3·N·V·4: the log-probabilities, their gradient, and the gradient of the logits
@@ -19,6 +20,9 @@ workspace      gradients of activations inside one MLP: 3·T·I·a and 3·T·H·
                another type
 dequantising   the largest layer's weight: D·O·p, and D·O·a besides where the type changes on the way; DoRA
                builds B·A in full as well
+heap           on a CPU with glibc: the activations once more. torch asks for blocks aligned to 64 bytes, and
+               glibc finds none of those that the last step has freed.
+               With MALLOC_MMAP_THRESHOLD_ in the environment blocks are mapped one by one and this part is 0
 
 The parts are never all there at once. Three moments are compared, and the largest is the prediction:
 
@@ -32,14 +36,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from training.activations import layer_bytes
-from training.shape import ModelShape
+from training.shape import LinearModule, ModelShape
 from training.workload import Place, Workload
 
 MIB: Final = 1024**2
 _FLOAT32: Final = 4
-_PROCESS_BYTES: Final[Mapping[Place, int]] = {"cpu": 410 * MIB, "cuda": 500 * MIB}
-"""CPU: resident size after the imports, measured (Linux, torch 2.13 for CPUs). CUDA: context and kernels
-on the device, which no allocator counts; between 300 and 600 MiB by card and driver, not measured."""
+_PROCESS_BYTES: Final[Mapping[Place, int]] = {"cpu": 460 * MIB, "cuda": 500 * MIB}
+"""CPU: measured on Linux with torch 2.13 for CPUs, 411 MiB after the imports, 40 to 80 more after loading
+a base. CUDA: context and kernels on the device, which no allocator counts; between 300 and 600 MiB by card,
+not measured."""
 _BLOCK_BYTES: Final[Mapping[str, float]] = {
     "nf4": 1 / 64 + 4 / (64 * 256),
     "fp4": 1 / 64 + 4 / (64 * 256),
@@ -79,34 +84,36 @@ def predict_memory(shape: ModelShape, work: Workload) -> Memory:
 
 def trained_values(shape: ModelShape, work: Workload) -> int:
     """Values that the optimizer changes."""
-    h, i, k, layers = shape.hidden, shape.inner, shape.key_width, shape.layers
-    if work.trains == "all":
-        return shape.parameters
+    match work.trains:
+        case "all":
+            return shape.parameters
+        case "bitfit":
+            return shape.bias_values
+        case "prefix":
+            return shape.layers * work.virtual_tokens * 2 * shape.key_width
+        case "prompt":
+            return work.virtual_tokens * shape.hidden
+        case _:
+            targets = shape.targeted(work.targets)
+            return shape.layers * sum(module.copies * _values_added(module, work) for module in targets)
+
+
+def _values_added(module: LinearModule, work: Workload) -> int:
     if work.trains == "ia3":
-        return layers * (2 * k + i * shape.experts)
-    if work.trains == "prefix":
-        return layers * work.virtual_tokens * 2 * k
-    if work.trains == "prompt":
-        return work.virtual_tokens * h
-    if work.trains == "bitfit":
-        return layers * sum(module.copies * module.out_features for module in shape.modules)
-    magnitudes = 1 if work.trains == "dora" else 0
-    return layers * sum(
-        module.copies
-        * (work.rank * (module.in_features + module.out_features) + magnitudes * module.out_features)
-        for module in shape.targeted(work.targets)
-    )
+        return module.in_features if module.reads == "mlp product" else module.out_features
+    magnitudes = module.out_features if work.trains == "dora" else 0
+    return work.rank * (module.in_features + module.out_features) + magnitudes
 
 
 def base_bytes(shape: ModelShape, work: Workload) -> int:
     """Of the weights as they are kept."""
     whole = shape.table_parameters + shape.norm_parameters
-    return int(whole * work.activation_bytes + shape.linear_parameters * _linear_value_bytes(shape, work))
+    return int(whole * work.weight_bytes + shape.linear_parameters * _linear_value_bytes(shape, work))
 
 
 def _linear_value_bytes(shape: ModelShape, work: Workload) -> float:
     if work.storage == "none":
-        return work.activation_bytes
+        return work.weight_bytes
     if work.storage == "int8":
         rows = sum(module.copies * module.out_features for module in shape.modules) * shape.layers
         return 1 + 4 * rows / shape.linear_parameters
@@ -116,11 +123,11 @@ def _linear_value_bytes(shape: ModelShape, work: Workload) -> float:
 def _moments(shape: ModelShape, work: Workload) -> dict[str, dict[str, int]]:
     layer = layer_bytes(shape, work)
     kept = shape.layers * _kept_per_layer(shape, work, layer.total)
-    gradients = trained_values(shape, work) * work.trained_value_bytes
+    gradients = trained_values(shape, work) * _FLOAT32
     already = gradients if work.accumulates else 0
-    head = shape.vocabulary * shape.hidden * work.trained_value_bytes if work.trains == "all" else 0
-    constant = _constant_parts(shape, work)
+    head = shape.vocabulary * shape.hidden * _FLOAT32 if work.trains == "all" else 0
     recomputed = layer.total if work.checkpointing else 0
+    constant = _constant_parts(shape, work) | {"heap": kept + recomputed if work.heap_keeps else 0}
     space = {"workspace": _workspace(shape, work), "dequantising": _dequantising(shape, work)}
     return {
         "loss": constant | {"gradients": already, "activations": kept, "logits": _logits(shape, work)},
@@ -131,17 +138,22 @@ def _moments(shape: ModelShape, work: Workload) -> dict[str, dict[str, int]]:
 
 def _constant_parts(shape: ModelShape, work: Workload) -> dict[str, int]:
     values = trained_values(shape, work)
-    added = 0 if work.trains == "all" else values * work.trained_value_bytes
+    casts = shape.linear_parameters * work.product_bytes if _casts_weights(work) else 0
     return {
         "process": _PROCESS_BYTES[work.place],
         "base": base_bytes(shape, work),
-        "trained": added,
+        "trained": values * _FLOAT32 + casts,
         "optimizer": int(values * _state_bytes(work)),
     }
 
 
+def _casts_weights(work: Workload) -> bool:
+    """Autocast keeps a copy of each float32 weight in the products' type until the backward pass."""
+    return work.trains_own_weights and work.product_bytes != _FLOAT32
+
+
 def _state_bytes(work: Workload) -> float:
-    return 2 * work.trained_value_bytes if work.optimizer == "adamw" else 2 * (1 + 4 / 256)
+    return 2 * (1 + 4 / 256) if work.optimizer.endswith("8bit") else 2 * _FLOAT32
 
 
 def _kept_per_layer(shape: ModelShape, work: Workload, layer_total: int) -> int:

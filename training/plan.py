@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from training.memory import Memory, predict_memory
 from training.pace import Device, seconds_per_batch
 from training.shape import ModelShape
-from training.workload import TECHNIQUES, PlannedOptimizer, Workload
+from training.workload import PlannedOptimizer, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,16 @@ def propose(shape: ModelShape, work: Workload, device: Device) -> Proposal | Non
     )
 
 
+def proposal_text(proposal: Proposal) -> str:
+    """The settings to change, and what that costs."""
+    changes = ", ".join(f"{name} {_shown(value)}" for name, value in proposal.settings.items())
+    return f"{changes} ({proposal.total_bytes / 2**30:.1f} GiB, {proposal.slowdown:.2f} times the time)"
+
+
+def _shown(value: object) -> str:
+    return "on" if value is True else str(value)
+
+
 def _changes(work: Workload) -> Iterator[tuple[Workload, dict[str, object]]]:
     """Every combination of fewer rows at once, 8-bit states, checkpointing and a 4-bit base.
 
@@ -98,7 +108,7 @@ def _changes(work: Workload) -> Iterator[tuple[Workload, dict[str, object]]]:
 
 
 def _step_changes(work: Workload, so_far: dict[str, object]) -> Iterator[tuple[Workload, dict[str, object]]]:
-    smaller: tuple[PlannedOptimizer, ...] = ("paged_adamw_8bit",) if work.optimizer == "adamw" else ()
+    smaller: tuple[PlannedOptimizer, ...] = () if work.optimizer.endswith("8bit") else ("paged_adamw_8bit",)
     optimizers = (work.optimizer, *smaller)
     for rows in _halvings(work.batch_rows):
         for optimizer in optimizers:
@@ -134,7 +144,8 @@ def _differences(work: Workload, changed: Workload) -> dict[str, object]:
 
 
 def _on_four_bits(work: Workload) -> Workload | None:
-    if TECHNIQUES[work.method].storage == "nf4" or work.storage != TECHNIQUES[work.method].storage:
+    if work.storage != "none" or work.trains not in ("all", "lora", "dora"):
         return None
-    method = "qdora" if work.trains == "dora" else "qlora"
-    return replace(work, method=method, storage="nf4")
+    if work.trains == "dora":
+        return replace(work, method="qdora", storage="nf4")
+    return replace(work, method="qlora", trains="lora", storage="nf4")

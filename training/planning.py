@@ -3,8 +3,7 @@
 Settings are those of a recipe, as plain values; what is left out has the recipe's default.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,30 +13,37 @@ import psutil
 from adapters.cache import default_cache_dir
 from adapters.sources import local_source
 from training.errors import RecipeError
+from training.methods import METHODS, OWN_SETTINGS, Method
 from training.pace import CARDS, Device
 from training.plan import PlannedRun, plan_run
+from training.planned_step import planned_step
 from training.published import SHAPES
 from training.recipe import Recipe
 from training.row_lengths import Rows
 from training.shape import ModelShape, read_shape
-from training.workload import TECHNIQUES, Workload
 
 ALL: Final = "all"
-_FOUR_BITS: Final = ("nf4", "fp4")
+_UNNAMED: Final = Path("planned")
 
 
 @dataclass(frozen=True, slots=True)
 class Plans:
-    """Every way of training that was asked about, on one device."""
+    """Every way of training that was asked about, on one device.
+
+    Attributes:
+        rows: of the first of them.
+        left_out: methods that cannot be planned for with these settings, with the reason.
+    """
 
     base: ModelShape
     device: Device
     rows: Rows
     runs: tuple[PlannedRun, ...]
+    left_out: Mapping[str, str]
 
 
 def plan(settings: Mapping[str, Any], *, device: str = "auto") -> Plans:
-    """Plans for a recipe's settings; `method` may be "all".
+    """Plans for a recipe's settings; `method` may be "all", which leaves out what cannot be.
 
     Args:
         device: "auto", "cpu", or a card of training/pace.py.
@@ -47,62 +53,54 @@ def plan(settings: Mapping[str, Any], *, device: str = "auto") -> Plans:
         BaseModelError: the base is not on this machine, or states no decoder's shape.
         DataError: the rows cannot be used.
     """
-    values = {**_DEFAULTS, **settings}
-    base = str(values["base"])
-    folder = None if base in SHAPES else local_source(base, default_cache_dir())
-    shape = SHAPES[base] if folder is None else read_shape(folder.folder, folder.name)
-    rows = _rows(values, shape, None if folder is None else folder.folder)
-    place = _device(device, shape, values["products"])
-    total = _total_tokens(values, rows)
-    runs = tuple(
-        plan_run(shape, workload(values, rows, place, method), place, total)
-        for method in _methods(values["method"])
-    )
-    return Plans(shape, place, rows, runs)
+    recipes, left_out = _recipes(settings)
+    recipe = recipes[0]
+    folder = None if recipe.base in SHAPES else local_source(recipe.base, default_cache_dir())
+    shape = SHAPES[recipe.base] if folder is None else read_shape(folder.folder, folder.name)
+    has_data = settings.get("data") is not None
+    path = None if folder is None else folder.folder
+    rows = _rows(recipe, shape, path, has_data=has_data)
+    place = _device(device, shape, recipe.products)
+    total = _total_tokens(recipe, rows)
+    runs = []
+    for one in recipes:
+        try:
+            own = rows if _meet_alike(one, recipe) else _rows(one, shape, path, has_data=has_data)
+            work = planned_step(one, shape, own, place.place, heap_keeps=_heap_keeps(place))
+        except RecipeError as error:
+            if len(recipes) == 1:
+                raise
+            left_out[one.method] = str(error)
+        else:
+            runs.append(plan_run(shape, work, place, total))
+    return Plans(shape, place, rows, tuple(runs), left_out)
 
 
-_DEFAULTS: Final[Mapping[str, Any]] = {
-    field.name: field.default
-    for field in dataclasses.fields(Recipe)
-    if field.default is not dataclasses.MISSING
-} | {"quantization": "auto", "virtual_tokens": 32}
+def _recipes(settings: Mapping[str, Any]) -> tuple[list[Recipe], dict[str, str]]:
+    """One for each method, with the settings that it knows."""
+    given = {"data": _UNNAMED, "out": _UNNAMED} | {k: v for k, v in settings.items() if v is not None}
+    if given.get("method") != ALL:
+        return [Recipe.from_mapping(given, source="the plan")], {}
+    recipes: list[Recipe] = []
+    left_out: dict[str, str] = {}
+    for kind in METHODS.values():
+        try:
+            recipes.append(Recipe.from_mapping(_known_to(kind, given), source="the plan"))
+        except RecipeError as error:
+            left_out[kind.name] = str(error)
+    if not recipes:
+        raise RecipeError(next(iter(left_out.values())))
+    return recipes, left_out
 
 
-def workload(values: Mapping[str, Any], rows: Rows, device: Device, method: str) -> Workload:
-    """One step of a run with these settings."""
-    targets = values["target_modules"]
-    optimizer = values["optimizer"]
-    if optimizer == "auto":
-        optimizer = "adamw" if device.place == "cpu" else "paged_adamw_8bit"
-    storage = TECHNIQUES[method].storage
-    if values["quantization"] != "auto":
-        storage = values["quantization"]
-    return Workload(
-        method=method,
-        place=device.place,
-        storage=storage,
-        rank=values["rank"],
-        targets=tuple(targets) if isinstance(targets, list) else targets,
-        virtual_tokens=values["virtual_tokens"],
-        dropout=values["dropout"] > 0,
-        optimizer=optimizer,
-        batch_rows=values["batch_size"],
-        row_tokens=rows.longest,
-        kept_tokens=rows.kept,
-        shares_prefixes=rows.shares_prefixes,
-        accumulates=values["gradient_accumulation"] > 1,
-        checkpointing=values["gradient_checkpointing"],
-        activation_bytes=4 if device.place == "cpu" else 2,
-        product_bytes=4 if device.place == "cpu" and values["products"] == "float32" else 2,
-    )
+def _meet_alike(one: Recipe, other: Recipe) -> bool:
+    """Whether both methods compute the same batches: virtual tokens stand before each row."""
+    return ("virtual_tokens" in one.kind.settings) == ("virtual_tokens" in other.kind.settings)
 
 
-def _methods(named: str) -> Sequence[str]:
-    if named == ALL:
-        return list(TECHNIQUES)
-    if named not in TECHNIQUES:
-        raise RecipeError(f"method is {named!r}, must be one of {', '.join(TECHNIQUES)}, or {ALL}")
-    return [named]
+def _known_to(kind: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    foreign = OWN_SETTINGS - kind.settings
+    return {name: value for name, value in given.items() if name not in foreign} | {"method": kind.name}
 
 
 def _device(name: str, shape: ModelShape, products: str) -> Device:
@@ -113,28 +111,30 @@ def _device(name: str, shape: ModelShape, products: str) -> Device:
     from training.calibration import measured_cpu
 
     free = int(psutil.virtual_memory().available)
-    return measured_cpu(shape, 4 if products == "float32" else 2, free)
+    return measured_cpu(shape, 2 if products == "bfloat16" else 4, free)
 
 
-def _rows(values: Mapping[str, Any], shape: ModelShape, folder: Path | None) -> Rows:
-    longest = min(values["max_length"], shape.max_positions or values["max_length"])
-    if values.get("data") is None:
+def _heap_keeps(device: Device) -> bool:
+    if device.place == "cuda":
+        return False
+    from training.footprint import heap_keeps_blocks
+
+    return heap_keeps_blocks()
+
+
+def _rows(recipe: Recipe, shape: ModelShape, folder: Path | None, *, has_data: bool) -> Rows:
+    if not has_data:
+        longest = min(recipe.max_length, shape.max_positions or recipe.max_length)
         return Rows(longest, longest, shares_prefixes=False, tokens=None, count=None)
     if folder is None:
-        raise RecipeError(
-            f"data is given, but {values['base']} is a shape without a tokenizer; give a folder"
-        )
+        raise RecipeError(f"data is given, but {recipe.base} is a shape without a tokenizer; give a folder")
     from training.measured_rows import measured_rows
 
-    known = {field.name for field in dataclasses.fields(Recipe)} - {"method"}
-    given = {name: value for name, value in values.items() if name in known}
-    recipe = Recipe.from_mapping(given | {"out": given.get("out", "planned")}, source="the plan")
     return measured_rows(recipe, shape, folder)
 
 
-def _total_tokens(values: Mapping[str, Any], rows: Rows) -> float | None:
-    step_rows = values["batch_size"] * values["gradient_accumulation"]
-    if values["max_steps"] is not None:
+def _total_tokens(recipe: Recipe, rows: Rows) -> float | None:
+    if recipe.max_steps is not None:
         mean = rows.longest if rows.tokens is None or rows.count is None else rows.tokens / rows.count
-        return float(values["max_steps"] * step_rows * mean)
-    return None if rows.tokens is None else float(values["epochs"] * rows.tokens)
+        return float(recipe.max_steps * recipe.batch_size * recipe.gradient_accumulation * mean)
+    return None if rows.tokens is None else float(recipe.epochs * rows.tokens)

@@ -7,7 +7,7 @@ from typing import Final
 from training.memory import predict_memory
 from training.pace import GB
 from training.shape import ModelShape
-from training.workload import Storage, Workload
+from training.workload import Storage, Trains, Workload
 
 _COLUMNS: Final = ("7B", "13B", "30B", "70B", "110B", "8x7B", "8x22B")
 _FIGURES: Final[Mapping[tuple[str, str], tuple[int, ...]]] = {
@@ -111,31 +111,41 @@ def comparisons() -> Iterator[Comparison]:
 def _predicted_bytes(shape: ModelShape, method: str, bits: str, *, smallest: bool) -> float:
     if bits == "2":
         return shape.linear_parameters / 4 + 2 * (shape.parameters - shape.linear_parameters)
-    if method == "full (AMP)":  # float32 weights, gradients and states, and a 16-bit copy of the weights
-        whole = predict_memory(shape, _work("full", "none", 4, smallest=smallest)).total_bytes
-        return whole + 2 * shape.parameters
-    name, storage = _WAYS[method, bits]
-    return predict_memory(shape, _work(name, storage, 2, smallest=smallest)).total_bytes
+    name, trains, storage = _WAYS[method, bits]
+    memory = predict_memory(shape, _work(shape, name, trains, storage, smallest=smallest))
+    if trains != "all":
+        return memory.total_bytes
+    per_parameter = _FULL_BYTES[bits] - (_SAVED_STATES[bits] if smallest else 0)
+    rest = sum(size for part, size in memory.parts.items() if part not in _OF_PARAMETERS)
+    return per_parameter * shape.parameters + rest
 
 
-_WAYS: Final[Mapping[tuple[str, str], tuple[str, Storage]]] = {
-    ("full", "16"): ("full", "none"),
-    ("LoRA", "16"): ("lora", "none"),
-    ("QLoRA", "8"): ("lora_8bit", "int8"),
-    ("QLoRA", "4"): ("qlora", "nf4"),
+_WAYS: Final[Mapping[tuple[str, str], tuple[str, Trains, Storage]]] = {
+    ("full (AMP)", "32/16"): ("full", "all", "none"),
+    ("full", "16"): ("full", "all", "none"),
+    ("LoRA", "16"): ("lora", "lora", "none"),
+    ("QLoRA", "8"): ("lora_8bit", "lora", "int8"),
+    ("QLoRA", "4"): ("qlora", "lora", "nf4"),
 }
+_FULL_BYTES: Final = {"32/16": 4 + 2 + 4 + 8, "16": 2 + 2 + 4}
+"""A parameter's weight, with autocast its copy, its gradient and two states. Full training here keeps the
+base's own weights besides, 4 bytes more, and has no form in 16 bits alone."""
+_SAVED_STATES: Final = {"32/16": 6, "16": 2}
+_OF_PARAMETERS: Final = ("base", "trained", "gradients", "optimizer")
 
 
-def _work(method: str, storage: Storage, activation_bytes: int, *, smallest: bool) -> Workload:
+def _work(shape: ModelShape, method: str, trains: Trains, storage: Storage, *, smallest: bool) -> Workload:
     return Workload(
         method=method,
+        trains=trains,
         place="cuda",
         storage=storage,
+        targets=tuple(module.name for module in shape.modules),
         batch_rows=_BATCH_ROWS,
         row_tokens=_ROW_TOKENS,
         kept_tokens=_ROW_TOKENS,
         checkpointing=smallest,
         optimizer="paged_adamw_8bit" if smallest else "adamw",
-        activation_bytes=activation_bytes,
+        activation_bytes=2,
         product_bytes=2,
     )

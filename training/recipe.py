@@ -71,6 +71,7 @@ class Recipe:
         share_prefixes: computes what all rows of a batch begin with once, where the model allows it and it is
             less work; loss and gradients are the same.
         packing: puts several rows into one sequence of at most max_length tokens; none sees another.
+        exceed_memory: goes on although more memory is predicted than is free.
         loss_on: "completions" learns answers alone, "all" questions too.
         weight_decay: of the weights that are trained.
         max_gradient_norm: longer gradients are shortened to this.
@@ -126,6 +127,7 @@ class Recipe:
     on_too_long: TooLong = "cut"
     share_prefixes: bool = True
     packing: bool = False
+    exceed_memory: bool = False
     loss_on: LossOn = "completions"
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0

@@ -60,7 +60,7 @@ _RANGES: Final[Mapping[str, tuple[type, float, float]]] = MappingProxyType(
     }
 )
 _MAY_BE_OPEN: Final = ("alpha", "learning_rate", "max_steps", "early_stopping", "promote_if")
-_SWITCHES: Final = ("gradient_checkpointing", "packing", "share_prefixes")
+_SWITCHES: Final = ("gradient_checkpointing", "packing", "share_prefixes", "exceed_memory")
 
 
 def check_values(values: Mapping[str, object]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from adapters.errors import BaseNotFoundError, UnsupportedBaseError
+from adapters.layout import BaseLayout, ModuleShape
 
 Reads = Literal["attention input", "attention output", "mlp input", "mlp product"]
 """The activation that a linear module multiplies; modules that read the same one share what is kept of it."""
@@ -40,6 +41,7 @@ class ModelShape:
         tied: whether the output head is the embedding.
         experts: of each layer's MLP; 1 without a mixture.
         active_experts: that a token goes through.
+        biased: names of the linear modules that have a bias.
         max_positions: the longest context; None if the configuration states none.
     """
 
@@ -56,6 +58,7 @@ class ModelShape:
     tied: bool = False
     experts: int = 1
     active_experts: int = 1
+    biased: tuple[str, ...] = ()
     max_positions: int | None = None
 
     @property
@@ -101,21 +104,22 @@ class ModelShape:
             module.in_features * module.out_features for module in self._mlp_modules()
         )
 
-    def targeted(self, targets: Literal["all-linear"] | tuple[str, ...]) -> tuple[LinearModule, ...]:
-        """The modules of a layer that these names mean.
+    @property
+    def bias_values(self) -> int:
+        """What BitFit trains; most families have none."""
+        biased = [module for module in self.modules if module.name.rpartition(".")[2] in self.biased]
+        norms = (2 * self.layers + 1) * self.hidden if self.model_type in _BIASED_NORMS else 0
+        return self.layers * sum(module.copies * module.out_features for module in biased) + norms
 
-        Raises:
-            UnsupportedBaseError: a name is none of them.
-        """
-        if targets == "all-linear":
-            return self.modules
-        known = [module.name for module in self.modules]
-        for name in targets:
-            if name not in known:
-                raise UnsupportedBaseError(
-                    f"target_modules names {name}, which a layer of {self.name} has not; it has "
-                    f"{', '.join(known)}"
-                )
+    @property
+    def block_layout(self) -> BaseLayout:
+        """One block's linear modules and the output head, named as in the model."""
+        modules = {f"{_BLOCK}.{m.name}": ModuleShape(m.in_features, m.out_features) for m in self.modules}
+        head = {"lm_head": ModuleShape(self.hidden, self.vocabulary)}
+        return BaseLayout(modules=modules | head, head="lm_head", fingerprint="")
+
+    def targeted(self, targets: tuple[str, ...]) -> tuple[LinearModule, ...]:
+        """The modules of a layer of these names, such as "self_attn.q_proj"."""
         return tuple(module for module in self.modules if module.name in targets)
 
     def _attention_modules(self) -> tuple[LinearModule, ...]:
@@ -128,26 +132,26 @@ class ModelShape:
                 LinearModule(out, a, h, "attention output"),
             )
         return (
-            LinearModule("q_proj", h, a, "attention input"),
-            LinearModule("k_proj", h, k, "attention input"),
-            LinearModule("v_proj", h, k, "attention input"),
-            LinearModule("o_proj", a, h, "attention output"),
+            LinearModule("self_attn.q_proj", h, a, "attention input"),
+            LinearModule("self_attn.k_proj", h, k, "attention input"),
+            LinearModule("self_attn.v_proj", h, k, "attention input"),
+            LinearModule("self_attn.o_proj", a, h, "attention output"),
         )
 
     def _mlp_modules(self) -> tuple[LinearModule, ...]:
         h, i, n = self.hidden, self.inner, self.experts
         if self.model_type in _FUSED_GATE:
             return (
-                LinearModule("gate_up_proj", h, 2 * i, "mlp input", n),
-                LinearModule("down_proj", i, h, "mlp product", n),
+                LinearModule("mlp.gate_up_proj", h, 2 * i, "mlp input", n),
+                LinearModule("mlp.down_proj", i, h, "mlp product", n),
             )
         if self.gated:
             return (
-                LinearModule("gate_proj", h, i, "mlp input", n),
-                LinearModule("up_proj", h, i, "mlp input", n),
-                LinearModule("down_proj", i, h, "mlp product", n),
+                LinearModule("mlp.gate_proj", h, i, "mlp input", n),
+                LinearModule("mlp.up_proj", h, i, "mlp input", n),
+                LinearModule("mlp.down_proj", i, h, "mlp product", n),
             )
-        up, down = _PLAIN_MLP.get(self.model_type, ("up_proj", "down_proj"))
+        up, down = _PLAIN_MLP[self.model_type]
         return (
             LinearModule(up, h, i, "mlp input", n),
             LinearModule(down, i, h, "mlp product", n),
@@ -155,18 +159,21 @@ class ModelShape:
 
 
 _FUSED_ATTENTION: Final[Mapping[str, tuple[str, str]]] = {
-    "phi3": ("qkv_proj", "o_proj"),
-    "gpt_neox": ("query_key_value", "dense"),
-    "gpt2": ("c_attn", "c_proj"),
+    "phi3": ("self_attn.qkv_proj", "self_attn.o_proj"),
+    "gpt_neox": ("attention.query_key_value", "attention.dense"),
+    "gpt2": ("attn.c_attn", "attn.c_proj"),
 }
 _FUSED_GATE: Final = ("phi3", "glm")
 _PLAIN_MLP: Final[Mapping[str, tuple[str, str]]] = {
-    "gpt2": ("c_fc", "c_proj"),
-    "gpt_neox": ("dense_h_to_4h", "dense_4h_to_h"),
+    "gpt2": ("mlp.c_fc", "mlp.c_proj"),
+    "gpt_neox": ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     "opt": ("fc1", "fc2"),
-    "phi": ("fc1", "fc2"),
-    "starcoder2": ("c_fc", "c_proj"),
+    "phi": ("mlp.fc1", "mlp.fc2"),
+    "starcoder2": ("mlp.c_fc", "mlp.c_proj"),
 }
+_BLOCK: Final = "model.layers.0"
+_QKV: Final = ("q_proj", "k_proj", "v_proj")
+_BIASED_NORMS: Final = ("gpt2", "gpt_neox", "opt", "phi", "starcoder2")
 _TIED_UNLESS_SAID: Final = ("gpt2", "opt", "gemma", "gemma2", "gemma3_text", "cohere", "starcoder2")
 """transformers' defaults, where a configuration says nothing; the other families' is no."""
 _NAMES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -215,10 +222,22 @@ def shape_of(config: Mapping[str, Any], name: str) -> ModelShape:
         inner=_first(config, _INNER) or 4 * hidden,
         gated=model_type not in _PLAIN_MLP,
         tied=bool(config.get("tie_word_embeddings", model_type in _TIED_UNLESS_SAID)),
+        biased=_biased(config, model_type),
         experts=experts,
         active_experts=int(config.get("num_experts_per_tok") or 1),
         max_positions=_first(config, _POSITIONS),
     )
+
+
+def _biased(config: Mapping[str, Any], model_type: str) -> tuple[str, ...]:
+    """By the families' defaults, and by the two switches that many of them have."""
+    if model_type in _BIASED_NORMS:
+        attention = _FUSED_ATTENTION.get(model_type, (*_QKV, "o_proj", "dense", "out_proj"))
+        return tuple(name.rpartition(".")[2] for name in (*attention, *_PLAIN_MLP[model_type]))
+    found: tuple[str, ...] = _QKV if model_type == "qwen2" else ()
+    if config.get("attention_bias"):
+        found = (*_QKV, "o_proj")
+    return (*found, "gate_proj", "up_proj", "down_proj") if config.get("mlp_bias") else found
 
 
 def _width(config: Mapping[str, Any], names: tuple[str, ...], name: str) -> int:

@@ -10,7 +10,7 @@ OUT.training   how it came about: training.json, loss.png, TensorBoard's event f
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +28,8 @@ from training.data_report import DataReport
 from training.encoding import RowEncoder
 from training.errors import RecipeError
 from training.fitting import Fit, fit
+from training.footprint import Footprint
+from training.foresight import MemoryReport, compared, foresee
 from training.notices import notices
 from training.outcome import add_to_report, write_outcome
 from training.products import name_of, products_dtype
@@ -42,7 +44,7 @@ log = logging.getLogger(__name__)
 
 _WITHOUT_EFFECT: Final = (
     *("out", "checkpoint_every_s", "trackers", "canary_probes"),
-    *("publish", "name", "promote_if", "alias", "promote_metric", "promote_margin"),
+    *("exceed_memory", "publish", "name", "promote_if", "alias", "promote_metric", "promote_margin"),
 )
 """Settings that a run may change when it goes on."""
 _SLACK_TOKENS: Final = 16
@@ -57,6 +59,7 @@ class TrainingResult:
         out: the result's folder.
         artefacts: the folder with training.json and loss.png.
         facts: of the adapter, as a server would find them; None of what no server applies.
+        memory: what was predicted of the run, and what it took.
         published: "name@version" on the server; None if it was not uploaded.
         promotion: whether an alias moved to it, and why; None if that was not asked for.
     """
@@ -66,6 +69,7 @@ class TrainingResult:
     facts: AdapterFacts | None
     data: DataReport
     fit: Fit
+    memory: MemoryReport
     published: str | None
     promotion: Promotion | None = None
 
@@ -125,6 +129,8 @@ def _run(
     on_data(data.report)
     products = _products(recipe, base, run)
     run.identify(_identity(recipe, base, data, products))
+    foreseen = foresee(recipe, base, data, products)
+    footprint = Footprint.begin(base.device)
     set_seed(recipe.seed)
     with attached(base, recipe, products) as trainee:
         fitted = fit(
@@ -138,8 +144,10 @@ def _run(
             stop=stop,
             since_step=since_step,
         )
+        memory = compared(foreseen, footprint, fitted.peak_memory_bytes)
         outcome = write_outcome(trainee.settled(), base, data, recipe, fitted, said, run.events, since_step)
-    return TrainingResult(recipe.out, outcome.artefacts, outcome.facts, data.report, fitted, published=None)
+    add_to_report(outcome.artefacts, {"memory": asdict(memory)})
+    return TrainingResult(recipe.out, outcome.artefacts, outcome.facts, data.report, fitted, memory, None)
 
 
 def _checked(recipe: Recipe, base: Base, resident: Resident | None) -> list[str]:

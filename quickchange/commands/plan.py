@@ -32,6 +32,7 @@ _PARTS = (
     "logits",
     "workspace",
     "dequantising",
+    "heap",
     "process",
 )
 
@@ -47,16 +48,16 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="a recipe, as YAML; flags win over it")
     parser.add_argument("--base", metavar="SOURCE", help="whose config.json is read (smollm2)")
     parser.add_argument("--method", metavar="NAME", help="a method, or all (all)")
-    parser.add_argument("--quantization", metavar="NAME", help="nf4, nf4-single, fp4, fp4-single, int8, none")
+    parser.add_argument(
+        "--quantization", metavar="NAME", help="of the base: nf4, fp4, int8, none (the method's own)"
+    )
     parser.add_argument(
         "--device", metavar="NAME", default="auto", help="auto, cpu, or a card such as h100 (auto)"
     )
     parser.add_argument("--data", type=Path, metavar="FILE", help="rows, whose lengths are measured")
     for name, what in _NUMBERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=what)
-    parser.add_argument(
-        "--optimizer", metavar="NAME", help="auto, adamw, adamw_8bit or paged_adamw_8bit (auto)"
-    )
+    parser.add_argument("--optimizer", metavar="NAME", help="auto, adamw, adamw_8bit, paged_… (auto)")
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--published", action="store_true", help="print others' figures beside the formula's")
     add_json_option(parser)
@@ -64,7 +65,7 @@ def add_parser(subparsers: "Subparsers") -> None:
 
 _NUMBERS = {
     "rank": "width of the update (16)",
-    "virtual_tokens": "of prefix and prompt tuning (32)",
+    "virtual_tokens": "of prefix and prompt tuning (20)",
     "batch_size": "rows in one forward pass (8)",
     "gradient_accumulation": "forward passes of one step (1)",
     "max_length": "tokens of a row (1024)",
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         from adapters.errors import BaseModelError
         from training.errors import TrainingError
         from training.planning import plan
-        from training.recipe import read_recipe_file
+        from training.recipe_file import read_recipe_file
     if args.published:
         return _published(args)
     try:
@@ -109,6 +110,8 @@ def _print(plans: "Plans") -> None:
         ["METHOD", "BASE IN", *(part.upper() for part in shown), "PEAK", "FITS", "TOKENS/S", "TIME"],
         [[*_cells(run, shown)] for run in plans.runs],
     )
+    for name, reason in plans.left_out.items():
+        print(f"{name}: left out; {reason}")
     for run in plans.runs:
         if not run.fits:
             print(f"{run.method}: {_advice(run)}")
@@ -125,16 +128,11 @@ def _cells(run: "PlannedRun", shown: list[str]) -> Iterator[str]:
 
 
 def _advice(run: "PlannedRun") -> str:
+    from training.plan import proposal_text
+
     if run.proposal is None:
         return "no change makes it fit; take a larger device or shorter rows"
-    changes = ", ".join(f"{name} {_shown(value)}" for name, value in run.proposal.settings.items())
-    return (
-        f"fits with {changes}: {size(run.proposal.total_bytes)}, {run.proposal.slowdown:.2f} times the time"
-    )
-
-
-def _shown(value: object) -> str:
-    return "on" if value is True else str(value)
+    return f"fits with {proposal_text(run.proposal)}"
 
 
 def _duration(seconds: float) -> str:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 from quickchange.commands.failure import MISUSED, STOPPED, CommandError, needs_extra
 from quickchange.commands.interruptible import stop_on_signals
 from quickchange.commands.options import add_command, add_json_option, add_progress_option, progress_of
-from quickchange.commands.output import print_json
+from quickchange.commands.output import print_json, size
 
 if TYPE_CHECKING:
     from quickchange.commands.options import Subparsers
     from training.data_report import DataReport
+    from training.foresight import MemoryReport
     from training.recipe import Recipe
     from training.unfinished import Start
 
@@ -108,6 +109,12 @@ def add_parser(subparsers: "Subparsers") -> None:
         default=None,
         help="compute activations twice to keep fewer (no)",
     )
+    parser.add_argument(
+        "--exceed-memory",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="go on although more memory is predicted than is free (no)",
+    )
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint of a run that stopped"
@@ -161,11 +168,19 @@ def run(args: argparse.Namespace) -> int:
         print_json(result)
     else:
         print(f"{result.out}: loss {result.fit.final_loss:.4f} after {result.fit.steps} steps")
+        print(_memory_line(result.memory))
         if result.published is not None:
             print(f"published as {result.published}")
         if result.promotion is not None:
             print(result.promotion)
     return 0
+
+
+def _memory_line(memory: "MemoryReport") -> str:
+    return (
+        f"memory: {size(memory.measured_added)} more than before training, {size(memory.predicted_added)} "
+        f"predicted ({memory.error:+.0%})"
+    )
 
 
 def _show(report: "DataReport", file: TextIO | None = None) -> None:
@@ -190,7 +205,9 @@ def _recipe(args: argparse.Namespace) -> "Recipe":
     from training.errors import RecipeError
     from training.recipe import Recipe
 
-    switches = ("gradient_checkpointing", "share_prefixes", "packing", "double_quantization")
+    switches = (
+        *("gradient_checkpointing", "share_prefixes", "packing", "double_quantization", "exceed_memory"),
+    )
     names = [*(flag.name for flag in _FLAGS), *switches]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:

@@ -22,6 +22,8 @@ from server.config import ServerSettings, all_settings
 from tests.models import build_tiny_model
 from training.curve import LossPoint
 from training.errors import DivergedError
+from training.foresight import MemoryReport
+from training.memory import MIB
 from training.recipe import Recipe
 
 WITHOUT_TORCH = """
@@ -139,6 +141,8 @@ def test_threads_are_set_only_if_asked(served: list[ServerSettings], monkeypatch
 
 # train
 
+MEMORY = "memory: 2.0 MiB more than before training, 2.0 MiB predicted (+0%)"
+
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
@@ -152,7 +156,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
         fit = training.fitting.Fit(5, 100, 1.0, 10, "adamw", "float32", 0, (LossPoint(1, 0.5, 0.0),), ())
         facts: Any = None
         report: Any = None
-        return training.train.TrainingResult(recipe.out, recipe.out, facts, report, fit, recipe.publish)
+        memory = MemoryReport("step", {}, 4 * MIB, 4 * MIB, 2 * MIB, 2 * MIB, 0.0, "by nobody")
+        return training.train.TrainingResult(
+            recipe.out, recipe.out, facts, report, fit, memory, recipe.publish
+        )
 
     monkeypatch.setattr(training.train, "train", record)
     return seen
@@ -160,7 +167,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
 
 def test_every_setting_of_a_recipe_has_a_flag() -> None:
     flags = {flag.name for flag in train._FLAGS}
-    flags |= {"gradient_checkpointing", "share_prefixes", "packing", "double_quantization"}
+    flags |= {"gradient_checkpointing", "share_prefixes", "packing", "double_quantization", "exceed_memory"}
     assert flags == {field.name for field in dataclasses.fields(Recipe)}
 
 
@@ -185,7 +192,7 @@ def test_train_passes_the_recipe_on(
     assert recipe.gradient_checkpointing
     assert (recipe.method, recipe.publish) == ("qlora", "h:1")
     out = capsys.readouterr().out
-    assert out == f"{tmp_path}/o: loss 0.5000 after 5 steps\npublished as h:1\n"
+    assert out == f"{tmp_path}/o: loss 0.5000 after 5 steps\n{MEMORY}\npublished as h:1\n"
 
 
 def test_train_flags_win_over_the_file(trained: list[Recipe], tmp_path: Path) -> None:

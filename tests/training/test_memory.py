@@ -12,10 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adapters.base import load_base
 from tests.models import build_tiny_model
 from training.activations import layer_bytes
+from training.errors import RecipeError
 from training.memory import base_bytes, predict_memory, trained_values
+from training.methods import METHODS
+from training.planned_step import planned_step
 from training.published import SHAPES, comparisons
+from training.recipe import Recipe
+from training.row_lengths import Rows
 from training.shape import ModelShape, read_shape, shape_of
-from training.workload import TECHNIQUES, Workload
+from training.workload import Trains, Workload
 
 ROWS, COLUMNS, RANK = 4, 64, 8
 CONFIG = {
@@ -24,11 +29,14 @@ CONFIG = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 SHAPE = shape_of(CONFIG, "small")
-WORK = Workload(
-    method="lora", place="cpu", storage="none", rank=RANK, batch_rows=ROWS, row_tokens=COLUMNS,
-    kept_tokens=COLUMNS, activation_bytes=4, product_bytes=4,
-)  # fmt: skip
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EVERY = tuple(module.name for module in SHAPE.modules)
+WORK = Workload(
+    method="lora", trains="lora", place="cpu", storage="none", rank=RANK, targets=EVERY, batch_rows=ROWS,
+    row_tokens=COLUMNS, kept_tokens=COLUMNS, activation_bytes=4, product_bytes=4,
+)  # fmt: skip
+TRAINS: dict[str, Trains] = {"lora": "lora", "dora": "dora", "ia3": "ia3", "full": "all"}
+SCALED = ("self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
 
 
 def wrapped(method: str, dtype: torch.dtype, **changes: Any) -> Any:
@@ -70,22 +78,23 @@ def kept_bytes(model: Any) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("method", "options", "settings"),
+    ("method", "dtype", "options", "settings"),
     [
-        ("lora", {}, {}),
-        ("lora", {"target_modules": ["q_proj", "v_proj"]}, {"targets": ("q_proj", "v_proj")}),
-        ("lora", {"lora_dropout": 0.1}, {"dropout": True}),
-        ("ia3", {}, {}),
-        ("full", {}, {}),
+        ("lora", torch.float32, {}, {}),
+        ("lora", torch.bfloat16, {}, {}),
+        ("lora", torch.float32, {"target_modules": ["q_proj", "v_proj"]}, {"targets": EVERY[:3:2]}),
+        ("lora", torch.bfloat16, {"target_modules": ["q_proj", "v_proj"]}, {"targets": EVERY[:3:2]}),
+        ("lora", torch.float32, {"lora_dropout": 0.1}, {"dropout": True}),
+        ("ia3", torch.float32, {}, {"targets": SCALED}),
+        ("ia3", torch.bfloat16, {}, {"targets": SCALED}),
+        ("full", torch.float32, {}, {}),
     ],
-    ids=["lora", "two targets", "dropout", "ia3", "full"],
 )
 def test_what_autograd_keeps_is_what_the_formula_counts(
-    method: str, options: dict[str, Any], settings: dict[str, Any], dtype: torch.dtype
+    method: str, dtype: torch.dtype, options: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    work = replace(WORK, method=method, activation_bytes=dtype.itemsize, **settings)
+    work = replace(WORK, trains=TRAINS[method], activation_bytes=dtype.itemsize, **settings)
     predicted = layer_bytes(SHAPE, work).total * SHAPE.layers
     assert predicted == pytest.approx(kept_bytes(wrapped(method, dtype, **options)), rel=0.05)
 
@@ -94,7 +103,8 @@ def test_what_autograd_keeps_is_what_the_formula_counts(
 def test_trained_values_are_counted_exactly(method: str) -> None:
     model = wrapped(method, torch.float32)
     actual = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained_values(SHAPE, replace(WORK, method=method)) == actual
+    targets = SCALED if method == "ia3" else EVERY
+    assert trained_values(SHAPE, replace(WORK, trains=TRAINS[method], targets=targets)) == actual
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
@@ -113,16 +123,29 @@ def test_a_base_weighs_what_is_predicted(tmp_path: Path, base_cache: Path, quant
     assert predicted + tables == pytest.approx(base.weight_bytes, rel=0.03)
 
 
-def test_every_method_has_a_prediction_whose_parts_are_the_total() -> None:
-    for method, technique in TECHNIQUES.items():
-        memory = predict_memory(SHAPE, replace(WORK, method=method, storage=technique.storage))
-        assert memory.total_bytes == sum(memory.parts.values())
-        assert memory.total_bytes > memory.parts["process"] + memory.parts["base"]
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"bitfit"}))
+def test_every_method_has_a_prediction_whose_parts_are_the_total(method: str) -> None:
+    recipe = Recipe.from_mapping({"data": "d", "out": "o", "method": method}, source="a test")
+    rows = Rows(64, 64, shares_prefixes=False, tokens=None, count=None)
+    memory = predict_memory(SHAPE, planned_step(recipe, SHAPE, rows, "cpu"))
+    assert memory.total_bytes == sum(memory.parts.values())
+    assert memory.added_bytes > memory.parts["activations"] > 0
+
+
+def test_bitfit_counts_the_biases_that_a_base_has() -> None:
+    qwen = shape_of({**CONFIG, "model_type": "qwen2"}, "qwen")
+    recipe = Recipe.from_mapping({"data": "d", "out": "o", "method": "bitfit"}, source="a test")
+    rows = Rows(64, 64, shares_prefixes=False, tokens=None, count=None)
+    assert trained_values(qwen, planned_step(recipe, qwen, rows, "cpu")) == 4 * (192 + 96 + 96)
+    with pytest.raises(RecipeError, match="has none"):
+        planned_step(recipe, SHAPE, rows, "cpu")
 
 
 def test_savings_save() -> None:
     shape = SHAPES["7B"]
-    work = replace(WORK, batch_rows=8, row_tokens=512, activation_bytes=2, product_bytes=2, place="cuda")
+    work = replace(
+        WORK, targets=EVERY, batch_rows=8, row_tokens=512, activation_bytes=2, product_bytes=2, place="cuda"
+    )
 
     def total(**changes: Any) -> int:
         return predict_memory(shape, replace(work, **changes)).total_bytes

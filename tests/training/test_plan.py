@@ -18,7 +18,8 @@ from training.published import SHAPES
 from training.workload import Workload
 
 WORK = Workload(
-    method="lora", place="cuda", storage="none", batch_rows=8, row_tokens=1024, kept_tokens=256,
+    method="lora", trains="lora", place="cuda", storage="none", batch_rows=8,
+    targets=tuple(module.name for module in SHAPES["7B"].modules), row_tokens=1024, kept_tokens=256,
     activation_bytes=2, product_bytes=2,
 )  # fmt: skip
 
@@ -54,20 +55,20 @@ def test_no_proposal_where_none_can_fit() -> None:
 
 
 def test_full_training_has_three_times_the_forwards_operations() -> None:
-    full, frozen = replace(WORK, method="full"), replace(WORK, method="prefix", virtual_tokens=1)
+    full, frozen = replace(WORK, trains="all"), replace(WORK, trains="prefix", virtual_tokens=1)
     assert operations(SHAPES["7B"], full) / operations(SHAPES["7B"], frozen) == pytest.approx(1.5, rel=0.01)
     again = replace(full, checkpointing=True)
     assert operations(SHAPES["7B"], again) / operations(SHAPES["7B"], full) == pytest.approx(4 / 3, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    ("method", "storage", "measured"),
+    ("trains", "storage", "measured"),
     [("full", "none", 1650), ("lora", "none", 3083), ("qlora", "nf4", 2413)],
 )
-def test_the_estimate_is_of_the_order_that_others_measured(method: str, storage: Any, measured: int) -> None:
+def test_the_estimate_is_of_the_order_that_others_measured(trains: Any, storage: Any, measured: int) -> None:
     """torchtune's figures for Llama-3.1-8B on a 4090, in tokens a second."""
     llama = replace(SHAPES["7B"], kv_heads=8, inner=14336, vocabulary=128256)
-    work = replace(WORK, method=method, storage=storage, batch_rows=2, row_tokens=512, kept_tokens=512)
+    work = replace(WORK, trains=trains, storage=storage, batch_rows=2, row_tokens=512, kept_tokens=512)
     rate = work.tokens / seconds_per_batch(llama, work, CARDS["rtx4090"])
     assert 0.5 < rate / measured < 1.5
 
