@@ -1,18 +1,23 @@
 """Owns finding the batch of a file of rows that takes the most memory. Loads a tokenizer and no weights."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 from adapters.support import supported_config
 from adapters.text import generation_config, text_of
 from training.data import TrainingData, prepare
 from training.encoding import RowEncoder
+from training.order import LengthBuckets
 from training.packing import Pack
 from training.recipe import Recipe
 from training.row_lengths import Rows
 from training.shape import ModelShape
 from training.shared_prefix import common_beginning
+
+_EPOCHS_LOOKED_AT: Final = 5
+"""Each draws other batches; by then one with the longest rows was among them."""
 
 
 def measured_rows(recipe: Recipe, shape: ModelShape, folder: Path) -> Rows:
@@ -37,18 +42,23 @@ def measured_rows(recipe: Recipe, shape: ModelShape, folder: Path) -> Rows:
 
 
 def heaviest_rows(data: TrainingData, recipe: Recipe, shape: ModelShape) -> Rows:
-    """Of batches of like length, as they are learned, the one with the most to keep.
-
-    Which rows meet in a batch is drawn anew in each epoch; here they are those of nearest length.
-    """
-    longest_first = sorted(data.sequences, key=_tokens, reverse=True)
-    batches = [
-        longest_first[first : first + recipe.batch_size]
-        for first in range(0, len(longest_first), recipe.batch_size)
-    ]
-    shapes = (_batch(packs, recipe, shape) for packs in batches)
+    """Of the batches that will be learned, in their own order, the one with the most to keep."""
+    shapes = (_batch(packs, recipe, shape) for packs in _batches(data, recipe))
     longest, kept, shared = max(shapes, key=lambda found: found[0] * shape.layers + found[1])
     return Rows(longest, kept, shared, sum(map(_tokens, data.sequences)), len(data.sequences))
+
+
+def _batches(data: TrainingData, recipe: Recipe) -> Iterator[list[Pack]]:
+    """Those of the first epochs, up to max_steps."""
+    lengths = [_tokens(pack) for pack in data.sequences]
+    order = LengthBuckets(lengths, recipe.batch_size * recipe.gradient_accumulation, recipe.seed)
+    left = None if recipe.max_steps is None else recipe.max_steps * recipe.gradient_accumulation
+    for epoch in range(min(_EPOCHS_LOOKED_AT, math.ceil(recipe.epochs))):
+        order.epoch = epoch
+        indices = list(order)[: None if left is None else left * recipe.batch_size]
+        for first in range(0, len(indices), recipe.batch_size):
+            yield [data.sequences[index] for index in indices[first : first + recipe.batch_size]]
+        left = None if left is None else max(0, left - math.ceil(len(indices) / recipe.batch_size))
 
 
 def _batch(packs: Sequence[Pack], recipe: Recipe, shape: ModelShape) -> tuple[int, int, bool]:

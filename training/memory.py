@@ -20,9 +20,10 @@ workspace      gradients of activations inside one MLP: 3·T·I·a and 3·T·H·
                another type
 dequantising   the largest layer's weight: D·O·p, and D·O·a besides where the type changes on the way; DoRA
                builds B·A in full as well
-heap           on a CPU with glibc: the activations once more. torch asks for blocks aligned to 64 bytes, and
-               glibc finds none of those that the last step has freed.
-               With MALLOC_MMAP_THRESHOLD_ in the environment blocks are mapped one by one and this part is 0
+heap           on a CPU with glibc: at most the activations once more, less gradients and states. torch asks
+               for blocks aligned to 64 bytes, and where the last step freed some glibc finds few again; what
+               the first step of the optimizer makes goes there. With MALLOC_MMAP_THRESHOLD_ in the
+               environment blocks are mapped one by one, and this part is 0
 
 The parts are never all there at once. Three moments are compared, and the largest is the prediction:
 
@@ -127,7 +128,9 @@ def _moments(shape: ModelShape, work: Workload) -> dict[str, dict[str, int]]:
     already = gradients if work.accumulates else 0
     head = shape.vocabulary * shape.hidden * _FLOAT32 if work.trains == "all" else 0
     recomputed = layer.total if work.checkpointing else 0
-    constant = _constant_parts(shape, work) | {"heap": kept + recomputed if work.heap_keeps else 0}
+    constant = _constant_parts(shape, work)
+    holes = max(0, kept + recomputed - gradients - constant["optimizer"])
+    constant["heap"] = holes if work.heap_keeps else 0
     space = {"workspace": _workspace(shape, work), "dequantising": _dequantising(shape, work)}
     return {
         "loss": constant | {"gradients": already, "activations": kept, "logits": _logits(shape, work)},

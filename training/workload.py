@@ -30,7 +30,7 @@ class Workload:
         accumulates: whether a step has several batches, so that gradients are there before the last one.
         activation_bytes: of an activation; 2 or 4.
         product_bytes: of a dequantised weight; 2 or 4.
-        heap_keeps: whether the C heap takes a step's activations anew while it still holds the last step's.
+        heap_keeps: whether the C heap may take a step's activations anew while it holds the last step's.
     """
 
     method: str

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch.nn import functional as F
 
+import training.foresight
 from adapters.base import Base, dequantized_model, load_base
 from adapters.bundle import read_bundle
 from adapters.nf4 import fused_kernel_works
@@ -22,7 +23,7 @@ from training.batches import Collator, Sequences
 from training.data import prepare
 from training.data_report import DataReport
 from training.encoding import Example, RowEncoder
-from training.errors import DataError, DivergedError, PublishError, RecipeError
+from training.errors import DataError, DivergedError, PublishError, RecipeError, ShortOfMemoryError
 from training.outcome import artefacts_folder
 from training.packing import alone
 from training.peft_configs import lora_config
@@ -103,6 +104,26 @@ def test_report_and_curve_lie_beside_it(base: Base, data: Path) -> None:
     assert report["data"]["train"]["lengths"]
     assert Recipe.from_mapping(report["recipe"], source="report").rank == 4
     assert (result.artefacts / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prediction_and_measurement_of_memory_stand_side_by_side(base: Base, data: Path) -> None:
+    result = run(base, data, max_steps=2)
+    memory = json.loads((result.artefacts / "training.json").read_text())["memory"]
+    assert memory["predicted_peak"] == sum(memory["parts"].values())
+    assert memory["measured_peak"] == result.fit.peak_memory_bytes > 0
+    assert memory["predicted_added"] < memory["predicted_peak"]
+    assert memory["error"] == memory["predicted_added"] / max(memory["measured_added"], 1) - 1
+
+
+def test_a_run_that_would_not_fit_is_refused_with_what_would(
+    base: Base, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = run(base, data, "fits", max_steps=1).memory.predicted_added
+    monkeypatch.setattr(training.foresight, "free_bytes", lambda _: needed - 1)
+    with pytest.raises(ShortOfMemoryError, match=r"it fits with .*(batch_size|gradient_checkpointing)"):
+        run(base, data, max_steps=1)
+    assert not data.with_name("out").exists()
+    assert run(base, data, max_steps=1, exceed_memory=True).memory.predicted_added == needed
 
 
 def test_a_base_serves_several_runs_and_comes_back_unchanged(base: Base, data: Path) -> None:
