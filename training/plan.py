@@ -68,7 +68,23 @@ def plan_run(shape: ModelShape, work: Workload, device: Device, total_tokens: fl
 
 
 def propose(shape: ModelShape, work: Workload, device: Device) -> Proposal | None:
-    """The change that fits and costs the least time; of equals the one that changes the least."""
+    """The change that fits and costs the least time; of equals the one that changes the least.
+
+    A 4-bit base is another method with another result: it is proposed only where nothing else fits.
+    """
+    own = _cheapest(shape, work, device, _step_changes(work, {}))
+    other = _on_four_bits(work)
+    if own is not None or other is None:
+        return own
+    return _cheapest(shape, work, device, _step_changes(other, {"method": other.method}))
+
+
+def _cheapest(
+    shape: ModelShape,
+    work: Workload,
+    device: Device,
+    changes: Iterator[tuple[Workload, dict[str, object]]],
+) -> Proposal | None:
     asked_s = seconds_per_batch(shape, work, device) / work.tokens
     fitting = [
         Proposal(
@@ -76,7 +92,7 @@ def propose(shape: ModelShape, work: Workload, device: Device) -> Proposal | Non
             memory.total_bytes,
             seconds_per_batch(shape, changed, device) / changed.tokens / asked_s,
         )
-        for changed, settings in _changes(work)
+        for changed, settings in changes
         if (memory := predict_memory(shape, changed)).total_bytes <= device.memory_bytes
     ]
     return min(
@@ -94,20 +110,8 @@ def _shown(value: object) -> str:
     return "on" if value is True else str(value)
 
 
-def _changes(work: Workload) -> Iterator[tuple[Workload, dict[str, object]]]:
-    """Every combination of fewer rows at once, 8-bit states, checkpointing and a 4-bit base.
-
-    The 4-bit base is another method with another result, and is offered only where nothing else is left: it
-    comes as the cheapest only if the others do not fit.
-    """
-    own = list(_step_changes(work, {}))
-    yield from own
-    other = _on_four_bits(work)
-    if other is not None:
-        yield from _step_changes(other, {"method": other.method})
-
-
 def _step_changes(work: Workload, so_far: dict[str, object]) -> Iterator[tuple[Workload, dict[str, object]]]:
+    """Every combination of fewer rows at once, 8-bit states and checkpointing."""
     smaller: tuple[PlannedOptimizer, ...] = () if work.optimizer.endswith("8bit") else ("paged_adamw_8bit",)
     optimizers = (work.optimizer, *smaller)
     for rows in _halvings(work.batch_rows):

@@ -57,6 +57,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser.add_argument("--data", type=Path, metavar="FILE", help="rows, whose lengths are measured")
     for name, what in _NUMBERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=what)
+    parser.add_argument("--epochs", type=float, metavar="N", help="passes over the data, for the time (3)")
     parser.add_argument("--optimizer", metavar="NAME", help="auto, adamw, adamw_8bit, paged_… (auto)")
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--published", action="store_true", help="print others' figures beside the formula's")
@@ -94,7 +95,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("base", "method", "quantization", "data", "optimizer", "gradient_checkpointing", *_NUMBERS)
+    names = (
+        "base",
+        "method",
+        "quantization",
+        "data",
+        "epochs",
+        "optimizer",
+        "gradient_checkpointing",
+        *_NUMBERS,
+    )
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
