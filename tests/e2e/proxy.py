@@ -4,7 +4,8 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 PIECE_BYTES = 16 * 1024
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset and throw away what is on its way
@@ -17,13 +18,22 @@ class CuttingProxy:
         target: HOST:PORT of the server.
         budgets: bytes that the first, second, … connection may send before it is cut; later ones live on.
         server_notices: False leaves the server's side open and silent, as when a cable is pulled.
+        before_cut: called, in a thread of the proxy's, once a budget is spent.
     """
 
-    def __init__(self, target: str, budgets: Iterable[int], *, server_notices: bool = True) -> None:
+    def __init__(
+        self,
+        target: str,
+        budgets: Iterable[int],
+        *,
+        server_notices: bool = True,
+        before_cut: Callable[[], object] = lambda: None,
+    ) -> None:
         host, port = target.rsplit(":", 1)
         self._target = (host, int(port))
         self._budgets = iter(budgets)
         self._server_notices = server_notices
+        self._before_cut = before_cut
         self._sockets: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -52,6 +62,7 @@ class CuttingProxy:
                 if budget is not None:
                     budget -= len(data)
                     if not budget:
+                        self._before_cut()
                         self.cuts += 1
                         break
         _reset(client)
@@ -73,8 +84,9 @@ def _reset(connection: socket.socket) -> None:
 
 
 @contextlib.contextmanager
-def cutting(target: str, budgets: Iterable[int], *, server_notices: bool = True) -> Iterator[CuttingProxy]:
-    proxy = CuttingProxy(target, budgets, server_notices=server_notices)
+def cutting(target: str, budgets: Iterable[int], **options: Any) -> Iterator[CuttingProxy]:
+    """A proxy for the block; the options are those of its class."""
+    proxy = CuttingProxy(target, budgets, **options)
     try:
         yield proxy
     finally:
