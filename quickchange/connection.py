@@ -34,10 +34,9 @@ _OPTIONS = (
     # Our own retries decide when to ask again; gRPC's 1 s to 120 s would make them miss a server's return.
     ("grpc.initial_reconnect_backoff_ms", int(FIRST_DELAY_S * 1000)),
     ("grpc.max_reconnect_backoff_ms", int(LONGEST_DELAY_S * 1000)),
-    # A peer that vanished without a word would else be waited for until the call's own time-out.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
 )
+_KEEPALIVE_S = 30.0  # servers take no more than a ping in 10 seconds
+_PONG_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +49,9 @@ class Endpoint:
         credentials: for TLS; None speaks plain text.
         timeout_s: of a whole call, its retries included; None waits for ever.
         retry_window_s: how long a call that may safely be repeated is repeated while nobody answers.
+        keepalive_s: after so much silence a peer is asked whether it is there. One that vanished without a
+            word would else be waited for until the call's own time-out.
+        pong_s: how long it may take to answer that.
     """
 
     target: str
@@ -57,6 +59,8 @@ class Endpoint:
     credentials: grpc.ChannelCredentials | None
     timeout_s: float | None
     retry_window_s: float
+    keepalive_s: float = _KEEPALIVE_S
+    pong_s: float = _PONG_S
 
     @classmethod
     def resolve(
@@ -83,13 +87,21 @@ class Endpoint:
 
     def channel(self) -> grpc.Channel:
         if self.credentials is None:
-            return grpc.insecure_channel(self.target, options=_OPTIONS)
-        return grpc.secure_channel(self.target, self.credentials, options=_OPTIONS)
+            return grpc.insecure_channel(self.target, options=self._options)
+        return grpc.secure_channel(self.target, self.credentials, options=self._options)
 
     def aio_channel(self) -> grpc.aio.Channel:
         if self.credentials is None:
-            return grpc.aio.insecure_channel(self.target, options=_OPTIONS)
-        return grpc.aio.secure_channel(self.target, self.credentials, options=_OPTIONS)
+            return grpc.aio.insecure_channel(self.target, options=self._options)
+        return grpc.aio.secure_channel(self.target, self.credentials, options=self._options)
+
+    @property
+    def _options(self) -> tuple[tuple[str, int | str], ...]:
+        return (
+            *_OPTIONS,
+            ("grpc.keepalive_time_ms", round(self.keepalive_s * 1000)),
+            ("grpc.keepalive_timeout_ms", round(self.pong_s * 1000)),
+        )
 
     def attempts(self, *, repeatable: bool, timeout_s: float | None = None, retries: int = 0) -> "Attempts":
         """The budget of one call, counted from now; timeout_s overrides the endpoint's."""

@@ -18,6 +18,7 @@ class CuttingProxy:
         target: HOST:PORT of the server.
         budgets: bytes that the first, second, … connection may send before it is cut; later ones live on.
         server_notices: False leaves the server's side open and silent, as when a cable is pulled.
+        client_notices: the same of the client's side.
         before_cut: called, in a thread of the proxy's, once a budget is spent.
     """
 
@@ -27,12 +28,14 @@ class CuttingProxy:
         budgets: Iterable[int],
         *,
         server_notices: bool = True,
+        client_notices: bool = True,
         before_cut: Callable[[], object] = lambda: None,
     ) -> None:
         host, port = target.rsplit(":", 1)
         self._target = (host, int(port))
         self._budgets = iter(budgets)
         self._server_notices = server_notices
+        self._client_notices = client_notices
         self._before_cut = before_cut
         self._sockets: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -65,7 +68,8 @@ class CuttingProxy:
                         self._before_cut()
                         self.cuts += 1
                         break
-        _reset(client)
+        if budget != 0 or self._client_notices:
+            _reset(client)
         if budget != 0 or self._server_notices:
             _reset(server)
 

@@ -5,6 +5,7 @@ import itertools
 import random
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import grpc
 import pytest
 
 from quickchange import AsyncClient, Client, UnavailableError
+from quickchange.adapter_client import AdapterClient
+from quickchange.calls import Calls
+from quickchange.connection import Endpoint
 from quickchange.upload import UploadPlan
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 from tests.e2e.process import ServerProcess, eventually, running
@@ -115,6 +119,28 @@ def test_a_connection_that_only_its_client_knows_to_be_dead_costs_nothing(
     assert after[RECEIVED] - before[RECEIVED] >= UploadPlan.of(wide_adapter).size_bytes
     with connect(wide_server.grpc) as client:
         client.adapters.delete("half-dead", all_versions=True)
+
+
+def test_a_peer_that_vanishes_without_a_word_is_noticed(
+    wide_server: ServerProcess, wide_adapter: Path
+) -> None:
+    """Long before the call's time-out: whoever does not answer a ping is gone. The pings come sooner here."""
+    options = {"server_notices": False, "client_notices": False}
+    with cutting(wide_server.grpc, [5 * MIB], **options) as proxy, connect(proxy.address) as client:
+        endpoint = Endpoint.resolve(proxy.address, None, None, timeout_s=25, retry_window_s=20)
+        calls = Calls(replace(endpoint, keepalive_s=0.5, pong_s=0.5))
+        try:
+            result = AdapterClient(calls).push(wide_adapter, "vanished")
+        finally:
+            calls.close()
+        assert proxy.cuts == 1
+        assert_stored(wide_server, result.adapter, wide_adapter)
+        client.adapters.delete("vanished", all_versions=True)
+
+
+def test_the_default_is_what_is_promised() -> None:
+    endpoint = Endpoint.resolve("x:1", None, None, timeout_s=None, retry_window_s=1)
+    assert endpoint.keepalive_s + endpoint.pong_s == 40
 
 
 async def test_the_asyncio_client_goes_on_too(wide_server: ServerProcess, wide_adapter: Path) -> None:
