@@ -103,8 +103,8 @@ def read_pairs(
     """
     with open_regular(path) as file:
         for module in modules:
-            a_RD, b_OR = (_read_tensor(file, header[tensor_name(module, factor)]) for factor in "AB")
-            yield module, LoraPair(a_RD=a_RD, b_OR=b_OR)
+            # Without names for the tensors, which would keep them while the next ones are read.
+            yield module, LoraPair(*(_read_tensor(file, header[tensor_name(module, each)]) for each in "AB"))
 
 
 def expected_tensors(

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from adapters import measures
 from adapters.bundle import Bundle, read_bundle
 from adapters.errors import AdapterError, InvalidAdapterError, UnsupportedAdapterError, WrongBaseError
 from adapters.files import BUNDLE_FILE, CONFIG_FILE, WEIGHTS_FILE
@@ -21,7 +22,7 @@ from adapters.layout import BaseLayout
 from adapters.spec import parse_spec
 from adapters.store import AdapterStore
 from adapters.validate import validate_adapter
-from adapters.weights import load_pairs
+from adapters.weights import LoraPair, load_pairs
 from tests.adapters.builders import FINGERPRINT, make_adapter
 
 
@@ -148,6 +149,14 @@ def test_absurd_magnitudes_are_refused(factor: str, scale: float, adapter: Path,
     refusal = _refusal(adapter, layout)
     assert refusal.reason == "TOO_LARGE"
     assert "model.layers.0" in str(refusal)
+
+
+def test_the_norm_of_a_large_rank_is_that_of_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is summed up in blocks of ranks, the last of them smaller."""
+    monkeypatch.setattr(measures, "_BLOCK_RANKS", 16)
+    pair = LoraPair(a_RD=torch.randn(50, 12), b_OR=torch.randn(20, 50))
+    expected = (pair.b_OR.double() @ pair.a_RD.double()).norm().item() * 3.0
+    assert measures._module_norm("m", pair, 3.0) == pytest.approx(expected)
 
 
 def test_factors_far_apart_in_size_are_no_reason_to_refuse(adapter: Path, layout: BaseLayout) -> None:

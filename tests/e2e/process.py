@@ -66,8 +66,23 @@ class ServerProcess:
     @property
     def memory_kib(self) -> int:
         """Resident memory."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])  # type: ignore[index]  # always there
+        return self._memory_kib("VmRSS")
+
+    @property
+    def peak_memory_kib(self) -> int:
+        """The most there was of it since the start, or since `forget_peak_memory`."""
+        return self._memory_kib("VmHWM")
+
+    def forget_peak_memory(self) -> None:
+        (self._proc / "clear_refs").write_text("5")
+
+    @property
+    def _proc(self) -> Path:
+        return Path(f"/proc/{self.process.pid}")
+
+    def _memory_kib(self, field: str) -> int:
+        status = (self._proc / "status").read_text()
+        return int(re.search(rf"{field}:\s+(\d+) kB", status)[1])  # type: ignore[index]  # always there
 
     def scrape(self) -> dict[str, float]:
         """Every sample of /metrics, by its name with labels as they are written."""

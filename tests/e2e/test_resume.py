@@ -24,6 +24,9 @@ from tests.e2e.wide import build_wide_model, write_wide_adapter
 
 MIB = 1 << 20
 CUTS = 20
+VALIDATION_KIB = (
+    256 * 1024
+)  # the pair of one module, some 40 MiB here, blocks of it, chunks, and what malloc keeps
 RECEIVED = "quickchange_adapter_upload_bytes_total"
 SETTINGS = {
     "engine.max_running_requests": 2,
@@ -101,6 +104,19 @@ def test_300_mb_cut_twenty_times_end_identical_in_constant_memory(
     wide_server: ServerProcess, tmp_path: Path
 ) -> None:
     check_memory_and_cuts(wide_server, write_wide_adapter(tmp_path / "big", 300 * 10**6), seed=300)
+
+
+@pytest.mark.slow
+def test_300_mb_are_validated_in_constant_memory(wide_server: ServerProcess, tmp_path: Path) -> None:
+    """The peak over upload, checks and publishing. Rank 3854 is where products by rank would be the most."""
+    folder = write_wide_adapter(tmp_path / "big", 300 * 10**6, seed=301)
+    wide_server.forget_peak_memory()
+    before_kib = wide_server.memory_kib
+    with connect(wide_server.grpc) as client:
+        client.adapters.push(folder, "validated")
+        peak_kib = wide_server.peak_memory_kib
+        client.adapters.delete("validated", all_versions=True)
+    assert peak_kib - before_kib < VALIDATION_KIB
 
 
 def test_a_connection_that_only_its_client_knows_to_be_dead_costs_nothing(
