@@ -89,7 +89,7 @@ _FLAGS = (
     _Flag("device", str, "NAME", "auto, cpu or cuda (auto)"),
     _Flag("publish", str, "HOST:PORT", "upload the adapter to this server"),
     _Flag("name", str, "NAME", "what it is called there"),
-    _Flag("promote_if", str, "WHEN", "move an alias to it: better, always or never (only compare)"),
+    _Flag("promote_if", str, "WHEN", "move an alias to it: better, always, or never, which only compares"),
     _Flag("alias", str, "ALIAS", "which alias that is (prod)"),
     _Flag("promote_metric", str, "NAME", "what decides: chrf, bleu, exact, json_valid or json_equal (chrf)"),
     _Flag("promote_margin", float, "X", "by more than this, surely (0)"),

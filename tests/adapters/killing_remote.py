@@ -1,4 +1,4 @@
-"""Kills a push and a fetch at every system call, and looks at what is left. See killing.py.
+"""Kills a push and a fetch at every system call, and looks at what is left. See dying.py.
 
 `python -m tests.adapters.killing_remote OPERATION FOLDER` prints one line of JSON. FOLDER/before holds the
 store `origin`, what was published of it once in `remote`, and `copies` of that without files; all of it was
@@ -20,7 +20,7 @@ from adapters.remote import RemotePlace
 from adapters.remote_push import push_store
 from adapters.replica import ReplicaStore
 from adapters.store import AdapterStore
-from tests.adapters.killing import die_at
+from tests.adapters.dying import die_at
 
 
 def push(root: Path) -> None:
