@@ -137,6 +137,7 @@ def test_a_connection_that_only_its_client_knows_to_be_dead_costs_nothing(
         client.adapters.delete("half-dead", all_versions=True)
 
 
+@pytest.mark.slow  # its pings come so soon that a busy machine misses them
 def test_a_peer_that_vanishes_without_a_word_is_noticed(
     wide_server: ServerProcess, wide_adapter: Path
 ) -> None:

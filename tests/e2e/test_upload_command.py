@@ -93,6 +93,7 @@ def test_cancel_upload_gives_the_room_back_at_once(
     assert capsys.readouterr().err.startswith(f"error: there is no upload {UPLOAD_ID}")
 
 
+@pytest.mark.slow  # waits for a second cut, which a busy machine may keep it from for minutes
 def test_an_interrupt_says_how_to_go_on(
     server: ServerProcess, client: Client, large: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
