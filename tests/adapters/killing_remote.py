@@ -20,7 +20,7 @@ from adapters.remote import RemotePlace
 from adapters.remote_push import push_store
 from adapters.replica import ReplicaStore
 from adapters.store import AdapterStore
-from tests.adapters.dying import die_at
+from tests.adapters.dying import Work, copy, deaths
 
 
 def push(root: Path) -> None:
@@ -56,19 +56,15 @@ def inspect(root: Path) -> Any:
 
 
 def main(operation: str, folder: Path) -> None:
-    old = inspect(_copy(folder))
-    OPERATIONS[operation](_copy(folder))
+    old = inspect(copy(folder))
+    OPERATIONS[operation](copy(folder))
     new = inspect(folder / "now")
     outcomes = []
-    for kill_at in range(10_000):
-        root = _copy(folder)
-        killed = _run_killed(root, operation, kill_at)
+    for number, root in enumerate(deaths(folder, _working(operation))):
         left = inspect(root)
         outcomes.append("old" if left == old else "new" if left == new else f"neither: {left}")
         OPERATIONS[operation](root)  # goes on with whatever was left
-        assert inspect(root) == new, f"killed at {kill_at}, it cannot go on"
-        if not killed:
-            break
+        assert inspect(root) == new, f"killed at {number}, it cannot go on"
     print(json.dumps({"same": old == new, "outcomes": outcomes}))
 
 
@@ -76,25 +72,13 @@ def _url(root: Path) -> str:
     return (root / "remote").as_uri()
 
 
-def _copy(folder: Path) -> Path:
-    shutil.rmtree(folder / "now", ignore_errors=True)
-    shutil.copytree(folder / "before", folder / "now", symlinks=True)
-    return folder / "now"
-
-
-def _run_killed(root: Path, operation: str, kill_at: int) -> bool:
-    """Runs the operation in a process that dies at its kill_at-th effect; False if it came to its end."""
-    child = os.fork()
-    if child == 0:
-        die_at(kill_at)
-        threading.setprofile(sys.getprofile())
+def _working(operation: str) -> Work:
+    def work(root: Path, mortal: Callable[[], None]) -> None:
+        mortal()
+        threading.setprofile(sys.getprofile())  # of threads that begin now
         OPERATIONS[operation](root)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return True
-    assert os.WEXITSTATUS(status) == 0, "the operation failed by itself"
-    return False
+
+    return work
 
 
 if __name__ == "__main__":
