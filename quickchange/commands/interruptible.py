@@ -2,12 +2,13 @@
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 class _End:
@@ -36,6 +37,12 @@ def interruptible(items: Iterable[ItemT]) -> Iterator[ItemT]:
         if isinstance(item, Exception):
             raise item
         yield item
+
+
+def interruptible_result(work: Callable[[], ResultT]) -> ResultT:
+    """What `work` returns, done by a thread of its own; after an interrupt it is left to itself."""
+    (result,) = interruptible(work() for _ in range(1))
+    return result
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quickchange.commands.interruptible import interruptible_result
 from quickchange.commands.options import (
     add_command,
     add_json_option,
@@ -96,16 +97,18 @@ def add_cancel_upload(actions: "Subparsers") -> None:
 
 def push(client: "Client", args: argparse.Namespace) -> None:
     with _refusals_shown(args), _resumable(args.resume or new_upload_id()) as upload_id:
-        result = client.adapters.push(
-            args.directory,
-            args.name,
-            version=args.version,
-            labels=dict(args.label),
-            description=args.description,
-            validate_only=args.validate_only,
-            progress=progress_of(args),
-            retries=args.retries,
-            upload_id=upload_id,
+        result = interruptible_result(
+            lambda: client.adapters.push(
+                args.directory,
+                args.name,
+                version=args.version,
+                labels=dict(args.label),
+                description=args.description,
+                validate_only=args.validate_only,
+                progress=progress_of(args),
+                retries=args.retries,
+                upload_id=upload_id,
+            )
         )
     if not args.validate_only:
         for alias in args.alias:
@@ -143,12 +146,14 @@ def _print_pushed(result: UploadResult, *, validate_only: bool) -> None:
 
 def check(client: "Client", args: argparse.Namespace) -> None:
     with _refusals_shown(args):
-        result = client.adapters.push(
-            args.directory,
-            _NAME_OF_A_CHECK,
-            validate_only=True,
-            progress=progress_of(args),
-            retries=args.retries,
+        result = interruptible_result(
+            lambda: client.adapters.push(
+                args.directory,
+                _NAME_OF_A_CHECK,
+                validate_only=True,
+                progress=progress_of(args),
+                retries=args.retries,
+            )
         )
     if args.json:
         print_json(result)

@@ -91,14 +91,25 @@ class Swap:
         return [answer for answer in self.load if answer.asked_s > self.published_s]
 
 
-def swap_under_load(client: Client, name: str, successor: Path, questions: Sequence[Question]) -> Swap:
-    """Publishes the next version of `name` while long streams run on it and callers keep asking."""
+def swap_under_load(
+    client: Client,
+    name: str,
+    successor: Path,
+    questions: Sequence[Question],
+    stream_tokens: int = _STREAM_TOKENS,
+) -> Swap:
+    """Publishes the next version of `name` while long streams run on it and callers keep asking.
+
+    Args:
+        stream_tokens: of each stream; enough to outlast the upload.
+    """
     load = _Load(client, name, questions)
     under_way = threading.Barrier(_STREAMS + 1)
     with ThreadPoolExecutor(_STREAMS + _CALLERS) as pool:
         callers = [pool.submit(load.run) for _ in range(_CALLERS)]
         streams = [
-            pool.submit(_stream, client, name, question, under_way) for question in questions[:_STREAMS]
+            pool.submit(_stream, client, name, question, stream_tokens, under_way)
+            for question in questions[:_STREAMS]
         ]
         try:
             _wait_for_all(under_way, streams)
@@ -119,8 +130,8 @@ def swap_under_load(client: Client, name: str, successor: Path, questions: Seque
         published_s=published_s,
         publish_seconds=published_s - began_s,
         streams=tuple(long_answers),
-        old_again=_again(client, str(old), [answer.question for answer in long_answers]),
-        new_again=_again(client, pushed.reference, [answer.question for answer in long_answers]),
+        old_again=_again(client, str(old), long_answers),
+        new_again=_again(client, pushed.reference, long_answers),
         load=tuple(load.answers),
     )
 
@@ -148,13 +159,13 @@ class _Load:
         self._stop.set()
 
 
-def _stream(client: Client, name: str, question: Question, under_way: threading.Barrier) -> LongAnswer:
+def _stream(
+    client: Client, name: str, question: Question, tokens: int, under_way: threading.Barrier
+) -> LongAnswer:
     """A long answer: it goes on past its end so that it is still running when the new version comes."""
     arrived_s: list[float] = []
     try:
-        with client.stream(
-            question.messages, adapter=name, max_new_tokens=_STREAM_TOKENS, ignore_eos=True
-        ) as stream:
+        with client.stream(question.messages, adapter=name, max_new_tokens=tokens, ignore_eos=True) as stream:
             for received, event in enumerate(stream, start=1):
                 arrived_s += [time.monotonic()] * len(getattr(event, "token_ids", ()))
                 if received == _UNDER_WAY_EVENTS:
@@ -176,16 +187,19 @@ def _wait_for_all(under_way: threading.Barrier, streams: Sequence[Future[LongAns
         raise
 
 
-def _again(client: Client, reference: str, questions: Sequence[Question]) -> tuple[tuple[int, ...], ...]:
+def _again(client: Client, reference: str, answers: Sequence[LongAnswer]) -> tuple[tuple[int, ...], ...]:
     """What the version that `reference` names gives with nothing else running."""
 
-    def tokens(question: Question) -> tuple[int, ...]:
+    def tokens(answer: LongAnswer) -> tuple[int, ...]:
         return client.generate(
-            question.messages, adapter=reference, max_new_tokens=_STREAM_TOKENS, ignore_eos=True
+            answer.question.messages,
+            adapter=reference,
+            max_new_tokens=len(answer.token_ids),
+            ignore_eos=True,
         ).token_ids
 
     with ThreadPoolExecutor(_STREAMS) as pool:
-        return tuple(pool.map(tokens, questions))
+        return tuple(pool.map(tokens, answers))
 
 
 def _agreements(streams: Sequence[LongAnswer], again: Sequence[tuple[int, ...]]) -> list[int]:

@@ -1,5 +1,6 @@
 """A `push` that breaks or is interrupted, `--resume` and `cancel-upload`: the commands, at a real server."""
 
+import contextlib
 import itertools
 import re
 import signal
@@ -64,6 +65,15 @@ def push_in_part(proxy: CuttingProxy, folder: Path, capsys: pytest.CaptureFixtur
     assert error.startswith("error: ")
 
 
+@contextlib.contextmanager
+def killed_after(process: "subprocess.Popen[str]") -> Iterator[None]:
+    """Whatever happened in the block, the process does not outlive it."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 def test_resume_sends_only_what_is_missing(
     server: ServerProcess,
     client: Client,
@@ -105,7 +115,7 @@ def test_an_interrupt_says_how_to_go_on(
             text=True,
             env=environment({}),
         )
-        with process:
+        with process, killed_after(process):
             eventually(lambda: never_enough.cuts > 1, 60)  # it goes on, and on
             process.send_signal(signal.SIGINT)
             said = process.communicate(timeout=30)[1]
