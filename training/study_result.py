@@ -14,7 +14,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """A metric over the test rows, with its 95 % interval; bleu and chrf in points of 100, others in parts of 1.
+    """A metric over the test rows with its 95 % interval: bleu and chrf in points of 100, others in parts of 1.
 
     Attributes:
         value, low, high: None where there is no number, such as the interval of a single row.
