@@ -114,6 +114,15 @@ class SequenceTrainer(Trainer):  # type: ignore[misc]  # transformers is not typ
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
+def left_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """Inputs [B, T] that all end in the last column; what pads is masked, and positions count without it."""
+    width = max(map(len, sequences))
+    ids_BT = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in sequences], device=device)
+    mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences], device=device)
+    positions_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+    return {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
+
+
 def learned_columns(labels_BT: Tensor) -> Batch:
     """Which columns' logits predict anything, and what.
 

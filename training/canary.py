@@ -20,6 +20,7 @@ from torch import Tensor
 from adapters.base import Base
 from adapters.canary import MAX_NOISE, Canary, Probe, Step
 from training.attaching import takes_logits_to_keep
+from training.batches import left_padded
 from training.encoding import Example
 from training.products import products_in
 
@@ -98,7 +99,7 @@ def _noise(
 
 def _greedy(model: Any, base: Base, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """The likeliest continuation of each, past whatever would end an answer."""
-    inputs, cache = _padded(base, prompts), None
+    inputs, cache = left_padded(prompts, base.device), None
     mask_PT, position_P1 = inputs["attention_mask"], inputs["position_ids"][:, -1:]
     tokens: list[Tensor] = []
     for _ in range(ANSWER_TOKENS):
@@ -116,24 +117,13 @@ def _logprobs(
     """[P, N, V] of the answers' positions, in one pass over prompts and answers."""
     whole = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
     kept = _kept(base, ANSWER_TOKENS)
-    logits_PTV = model(**_padded(base, whole), **kept, use_cache=False).logits
+    logits_PTV = model(**left_padded(whole, base.device), **kept, use_cache=False).logits
     return torch.log_softmax(logits_PTV[:, -ANSWER_TOKENS:].double().cpu(), dim=-1)
 
 
 def _kept(base: Base, columns: int) -> dict[str, int]:
     """Logits of the last columns alone, where the model can leave out the others."""
     return {"logits_to_keep": columns} if takes_logits_to_keep(base.model) else {}
-
-
-def _padded(base: Base, sequences: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
-    """All of them, ending in the last column; whatever pads is masked, and positions count without it."""
-    width = max(map(len, sequences))
-    ids_PT = torch.tensor([(0,) * (width - len(ids)) + ids for ids in sequences], device=base.device)
-    mask_PT = torch.tensor(
-        [[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences], device=base.device
-    )
-    positions_PT = (mask_PT.cumsum(dim=1) - 1).clamp(min=0)
-    return {"input_ids": ids_PT, "attention_mask": mask_PT, "position_ids": positions_PT}
 
 
 def _distance(reference_PNV: Tensor, other_PNV: Tensor) -> float:

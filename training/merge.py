@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters.base import Base, dequantized_base
-from adapters.bundle import Bundle, read_bundle
+from adapters.bundle import Bundle
 from adapters.cache import publish_folder
-from adapters.errors import WrongBaseError
 from adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_bounded
 from adapters.measures import in_digest_order, measure
 from adapters.quantize import Quantization
 from adapters.spec import MAX_CONFIG_BYTES, parse_spec
 from adapters.weights import LoraPair, load_pairs
+from training.applied import checked_bundle
 from training.model_folder import save_model, untie
 from training.unserved import Folded, fold_unserved
 from training.versions import installed_versions
@@ -85,7 +85,7 @@ def merge_adapter(
         cache_dir=cache_dir,
         progress=progress,
     )
-    bundle = _checked_bundle(adapter_dir, base)
+    bundle = checked_bundle(adapter_dir, base)
     folded = fold_unserved(base, adapter_dir) or _fold_served(base, adapter_dir, bundle)
     report = MergeReport(
         folder=out_dir,
@@ -110,16 +110,6 @@ def fold(base: Base, pairs: Mapping[str, LoraPair], scalings: Mapping[str, float
             untie(base.model, layer)
         delta_OD = (pair.b_OR.float() @ pair.a_RD.float()) * scalings[name]
         layer.weight += _oriented(delta_OD, layer)
-
-
-def _checked_bundle(folder: Path, base: Base) -> Bundle | None:
-    bundle = read_bundle(folder)
-    if bundle is not None and bundle.base_fingerprint != base.fingerprint:
-        raise WrongBaseError(
-            f"{folder} was trained on base {bundle.base_fingerprint}; {base.name} as {base.scheme.name} is "
-            f"{base.fingerprint}; give the base and quantisation it was trained on"
-        )
-    return bundle
 
 
 def _fold_served(base: Base, folder: Path, bundle: Bundle | None) -> Folded:

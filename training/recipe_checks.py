@@ -32,6 +32,9 @@ _CHOICES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "promote_metric": get_args(PromoteMetric),
     }
 )
+MAX_VIRTUAL_TOKENS: Final = 4096
+"""Learned positions before a prompt."""
+
 # Kind of number, lowest and highest value that make sense, both allowed.
 _RANGES: Final[Mapping[str, tuple[type, float, float]]] = MappingProxyType(
     {
@@ -39,7 +42,7 @@ _RANGES: Final[Mapping[str, tuple[type, float, float]]] = MappingProxyType(
         "alpha": (float, 1e-3, 1e5),
         "dropout": (float, 0, 0.9),
         "lora_plus_ratio": (float, 1, 1000),
-        "virtual_tokens": (int, 1, 4096),
+        "virtual_tokens": (int, 1, MAX_VIRTUAL_TOKENS),
         "epochs": (float, 1e-3, 1e4),
         "max_steps": (int, 1, 1e7),
         "learning_rate": (float, 1e-8, 1),

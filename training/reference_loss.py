@@ -6,18 +6,15 @@ products are float32, whatever the server computes in.
 T tokens of a row, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
-from peft import PeftModel
 from torch.nn import functional as F
 
 from adapters.base import Base
-from adapters.bundle import read_bundle
-from adapters.validate import validate_adapter
+from training.applied import applied, encoder_for
 from training.attaching import takes_logits_to_keep
 from training.cases import Case
 from training.encoding import RowEncoder
@@ -25,8 +22,6 @@ from training.errors import DataError
 from training.metrics import RowLoss
 from training.products import products_in
 from training.rows import Row, turn
-
-_MAX_RANK: Final = 1024  # as training allows
 
 
 def reference_losses(
@@ -43,20 +38,14 @@ def reference_losses(
     """
     from tqdm import tqdm
 
-    encoder = RowEncoder(
-        base.tokenizer, _template(base, adapter), base.eos_token_ids, base.max_context_tokens
-    )
-    examples = [_tokens(encoder, case, base.max_context_tokens) for case in cases]
-    with _model(base, adapter) as model, torch.no_grad(), products_in(base, torch.float32):
+    encoder = encoder_for(base, adapter)
+    with applied(base, adapter) as worn, torch.no_grad(), products_in(base, torch.float32):
+        limit = base.max_context_tokens - worn.virtual_tokens
+        examples = [_tokens(encoder, case, limit) for case in cases]
         return [
-            _loss(model, base, *example)
+            _loss(worn.model, base, *example)
             for example in tqdm(examples, desc="loss", unit="row", disable=not progress)
         ]
-
-
-def _template(base: Base, adapter: Path | None) -> str | None:
-    bundle = None if adapter is None else read_bundle(adapter)
-    return base.chat_template if bundle is None or bundle.chat_template is None else bundle.chat_template
 
 
 def _tokens(encoder: RowEncoder, case: Case, limit: int) -> tuple[tuple[int, ...], int]:
@@ -65,21 +54,10 @@ def _tokens(encoder: RowEncoder, case: Case, limit: int) -> tuple[tuple[int, ...
     example = encoder.encode(row)[-1]
     begin, end = example.spans[-1]  # the last answer; a chat may hold several
     if end > limit:
-        raise DataError(f"{case.place} has {end} tokens, and the base's context {limit}; remove it")
+        raise DataError(
+            f"{case.place} has {end} tokens, and the base's context has room for {limit}; remove it"
+        )
     return example.token_ids[:end], begin
-
-
-@contextmanager
-def _model(base: Base, adapter: Path | None) -> Iterator[Any]:
-    if adapter is None:
-        yield base.model
-        return
-    validate_adapter(adapter, base.layout, max_rank=_MAX_RANK)
-    model = PeftModel.from_pretrained(base.model, str(adapter)).eval()
-    try:
-        yield model
-    finally:
-        model.unload()
 
 
 def _loss(model: Any, base: Base, token_ids: Sequence[int], answer_from: int) -> RowLoss:
