@@ -26,6 +26,11 @@ def table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def source(evaluation: Evaluation) -> str:
+    """One line: who answered."""
+    return f"answers: {_facts(evaluation.about.get('answers', 'from nobody knows where'))}"
+
+
 def page(evaluation: Evaluation) -> str:
     """evaluation.md."""
     header, rows = table(evaluation)

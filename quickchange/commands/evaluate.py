@@ -1,56 +1,37 @@
-"""`quickchange evaluate`: held-out rows asked of an adapter and of what it is compared with, on a server."""
+"""`quickchange evaluate`: held-out rows asked of an adapter and of what it is compared with; a report."""
 
 import argparse
 import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from quickchange.client import Client
+from quickchange.commands.ask_reference import ask_reference
+from quickchange.commands.ask_server import ask_server
+from quickchange.commands.asked import BASE
 from quickchange.commands.failure import MISUSED, CommandError, needs_extra
 from quickchange.commands.options import (
     add_command,
     add_json_option,
     add_progress_option,
     positive_int,
-    progress_of,
 )
 from quickchange.commands.output import print_json, print_table
-from quickchange.local_server import LocalServer, LocalServerError
+from quickchange.local_server import LocalServerError
 
 if TYPE_CHECKING:
     from quickchange.commands.options import Subparsers
     from training.cases import Case
-    from training.evaluation import Answered, Evaluation
-    from training.metrics import RowLoss
+    from training.evaluation import Evaluation
 
 _EXAMPLES = """\
   quickchange evaluate --data held-out.jsonl --server 127.0.0.1:50051 --adapter sql@4 --against sql:prod
   quickchange evaluate --data held-out.jsonl --base smollm2 --adapter ./sql-lora --rows 100 --out ./report
   quickchange evaluate --data held-out.jsonl --base smollm2
+  quickchange evaluate --data held-out.jsonl --base smollm2 --adapter ./qdora --engine reference
 
 with --base alone a server is started for the time; with --server, --base adds the loss of the reference
-answers, which is computed here, in float32"""
-
-_BASE = "base"
-_CANDIDATE = "candidate"
-_RIVAL = "rival"
-
-
-@dataclass(frozen=True, slots=True)
-class _Contest:
-    """Who is asked.
-
-    Attributes:
-        ours, theirs: references on the server, empty for its base; None if there is nobody to compare with.
-    """
-
-    client: Client
-    ours: str
-    theirs: str | None
+answers, which is computed here, in float32; --engine reference asks no server, and measures what none
+applies"""
 
 
 def add_parser(subparsers: "Subparsers") -> None:
@@ -60,9 +41,15 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser.add_argument("--base", metavar="SOURCE", help="folder, GGUF file, hub id, or smollm2")
     parser.add_argument(
         "--quantization",
-        choices=("nf4", "none"),
+        choices=("nf4", "none", "fp4", "int8"),
         default="nf4",
-        help="of the base given as --base (default: %(default)s)",
+        help="of the base given as --base (default: %(default)s); fp4, int8 with --engine reference",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("server", "reference"),
+        default="server",
+        help="who answers: a server, or transformers + PEFT in this process, slowly (default: %(default)s)",
     )
     parser.add_argument(
         "--adapter", metavar="REF", help="with --server a reference, else a folder; the base without"
@@ -88,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
         from training.errors import TrainingError
         from training.rows import read_rows
     try:
+        if args.server is None:
+            _check_folder(args.adapter)
+            _check_folder(args.against)
         cases = sample(cases_of(read_rows(args.data), source=args.data), args.rows, args.seed)
         evaluation = _evaluation(args, cases)
     except (TrainingError, AdapterError, BaseModelError, LocalServerError) as error:
@@ -99,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    _check_engine(args)
     if args.server is None and args.base is None:
         raise CommandError(
             "who answers? give --server HOST:PORT, or --base SOURCE to start a server here", MISUSED
@@ -109,137 +100,46 @@ def _check(args: argparse.Namespace) -> None:
         raise CommandError(f"--out {args.out} exists already; remove it or choose another", MISUSED)
 
 
-def _evaluation(args: argparse.Namespace, cases: "list[Case]") -> "Evaluation":
-    from training.evaluation import Answered, evaluate
-
-    with tempfile.TemporaryDirectory(prefix="quickchange-evaluate-") as scratch:
-        with _contest(args, Path(scratch)) as contest:
-            ours = _answered(contest, contest.ours, args, cases)
-            theirs = None if contest.theirs is None else _answered(contest, contest.theirs, args, cases)
-            base_answers = _base_answers(contest, args, cases)
-            about = _about(args, cases, contest)
-            folders = _folders(args, contest, Path(scratch))
-        losses = _losses(args, cases, folders, about)
-    ours = Answered(ours.name, ours.answers, losses.get(contest.ours))
-    if theirs is not None:
-        theirs = Answered(theirs.name, theirs.answers, losses.get(contest.theirs or ""))
-    return evaluate(cases, ours, theirs, about=about, base_answers=base_answers)
-
-
-@contextmanager
-def _contest(args: argparse.Namespace, scratch: Path) -> Iterator[_Contest]:
-    """The adapters on a server: those named, or those pushed to one that runs for the time."""
-    if args.server is not None:
-        with Client(args.server) as client:
-            ours = _reference(client, args.adapter)
-            theirs = None if args.adapter is None else _reference(client, args.against)
-            yield _Contest(client, ours, theirs)
+def _check_engine(args: argparse.Namespace) -> None:
+    if args.engine == "server":
+        if args.quantization not in ("nf4", "none"):
+            raise CommandError(
+                f"no server keeps a base in {args.quantization}; give nf4 or none, or add --engine reference",
+                MISUSED,
+            )
         return
-    flags = ("--quantization", args.quantization)
-    with (
-        LocalServer(args.base, scratch / "store", scratch / "server.log", flags) as server,
-        Client(server.grpc) as client,
-    ):
-        ours = _pushed(client, args.adapter, _CANDIDATE)
-        theirs = None if args.adapter is None else _pushed(client, args.against, _RIVAL)
-        yield _Contest(client, ours, theirs)
-
-
-def _reference(client: Client, adapter: str | None) -> str:
-    """A fixed version, whatever an alias or a name does meanwhile."""
-    return "" if adapter in (None, _BASE) else client.adapters.get(str(adapter)).reference
-
-
-def _pushed(client: Client, folder: str | None, name: str) -> str:
-    return "" if folder in (None, _BASE) else client.adapters.push(str(folder), name).adapter.reference
-
-
-def _answered(contest: _Contest, adapter: str, args: argparse.Namespace, cases: "list[Case]") -> "Answered":
-    from training.evaluation import Answered
-    from training.live import LiveModel
-
-    model = LiveModel(contest.client, adapter, args.max_new_tokens)
-    return Answered(_shown(adapter, args), model.answers(cases, progress=progress_of(args)))
-
-
-def _shown(reference: str, args: argparse.Namespace) -> str:
-    """What people call it: a folder here has a made-up name on the server."""
-    if not reference:
-        return _BASE
     if args.server is not None:
-        return reference
-    return str(args.adapter if reference.startswith(_CANDIDATE) else args.against)
-
-
-def _base_answers(contest: _Contest, args: argparse.Namespace, cases: "list[Case]") -> Any:
-    """For the rows that are shown, where nobody compared is the base."""
-    from training.evaluation_page import SHOWN_ROWS
-
-    if not contest.theirs:
-        return ()
-    return _answered(contest, "", args, cases[:SHOWN_ROWS]).answers
-
-
-def _about(args: argparse.Namespace, cases: "list[Case]", contest: _Contest) -> dict[str, Any]:
-    info = contest.client.server_info()
-    return {
-        "data": {"file": args.data.name, "rows": len(cases), "seed": args.seed},
-        "answers": {
-            "base": info.base_model,
-            "fingerprint": info.base_fingerprint,
-            "quantization": info.quantization,
-            "dtype": info.dtype,
-            "decoding": "greedy",
-            "max_new_tokens": args.max_new_tokens or "default",
-        },
-        "loss": "not measured: the wire has no log-probabilities of given tokens; --base computes it here",
-    }
-
-
-def _folders(args: argparse.Namespace, contest: _Contest, scratch: Path) -> dict[str, Path | None]:
-    """Where each one's adapter lies, for the loss; None for the base."""
-    folders: dict[str, Path | None] = {}
-    if args.base is None:
-        return folders
-    for place, (reference, given) in enumerate(
-        ((contest.ours, args.adapter), (contest.theirs, args.against))
-    ):
-        if reference is None:
-            continue
-        if not reference or args.server is None:
-            folders[reference] = Path(given) if reference else None
-        else:
-            folders[reference] = contest.client.adapters.pull(reference, scratch / f"{place}").directory
-    return folders
-
-
-def _losses(
-    args: argparse.Namespace,
-    cases: "list[Case]",
-    folders: Mapping[str, Path | None],
-    about: dict[str, Any],
-) -> "dict[str, list[RowLoss]]":
-    """In float32 on the training base, after the answers: both would need the memory."""
-    if not folders:
-        return {}
-    from adapters.base import load_base
-    from training.reference_loss import reference_losses
-
-    progress = progress_of(args)
-    base = load_base(
-        args.base, purpose="train", quantization=args.quantization, dtype="float32", progress=progress
-    )
-    served = about["answers"]["fingerprint"]
-    if base.fingerprint != served:
         raise CommandError(
-            f"--base {args.base} is {base.fingerprint} as {args.quantization}, the server has {served}; give "
-            "its base and --quantization, or leave --base out"
+            "--engine reference answers in this process and asks no server; leave --server out", MISUSED
         )
-    about["loss"] = f"of the reference answers, in a float32 pass over {base.name} ({base.quantization})"
-    return {
-        reference: reference_losses(base, folder, cases, progress=progress)
-        for reference, folder in folders.items()
+    if args.base is None:
+        raise CommandError("--engine reference needs the base to answer with; give --base SOURCE", MISUSED)
+
+
+def _check_folder(given: str | None) -> None:
+    """A whole model is no adapter, whoever answers."""
+    from adapters.files import CONFIG_FILE
+
+    if given in (None, BASE):
+        return
+    folder = Path(str(given))
+    if (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file():
+        raise CommandError(
+            f"{folder} is a whole model and no adapter; measure it by itself: --base {folder} "
+            "--quantization none, without --adapter"
+        )
+
+
+def _evaluation(args: argparse.Namespace, cases: "list[Case]") -> "Evaluation":
+    from training.evaluation import evaluate
+
+    asked = ask_reference(args, cases) if args.engine == "reference" else ask_server(args, cases)
+    about = {
+        "data": {"file": args.data.name, "rows": len(cases), "seed": args.seed},
+        "answers": asked.who,
+        "loss": asked.loss,
     }
+    return evaluate(cases, asked.ours, asked.theirs, about=about, base_answers=asked.base_answers)
 
 
 def _write(evaluation: "Evaluation", out: Path) -> None:
@@ -256,11 +156,12 @@ def _write(evaluation: "Evaluation", out: Path) -> None:
 
 
 def _print(evaluation: "Evaluation", args: argparse.Namespace) -> None:
-    from training.evaluation_page import table
+    from training.evaluation_page import source, table
 
     if args.json:
         print_json(evaluation.to_mapping())
         return
     print_table(*table(evaluation))
+    print(source(evaluation))
     if args.out is not None:
         print(f"{args.out / 'evaluation.md'} has the answers side by side")
