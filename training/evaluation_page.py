@@ -1,10 +1,10 @@
 """How an evaluation reads: a table, and a page with the answers side by side. Measures nothing."""
 
-from collections.abc import Sequence
-
 from training.comparison import Difference, Figure
+from training.document import facts
 from training.evaluation import Evaluation
 from training.intervals import Interval
+from training.markdown import cell, table_lines
 from training.metrics import METRICS
 
 SHOWN_ROWS = 20
@@ -28,7 +28,7 @@ def table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
 
 def source(evaluation: Evaluation) -> str:
     """One line: who answered."""
-    return f"answers: {_facts(evaluation.about.get('answers', 'from nobody knows where'))}"
+    return f"answers: {facts(evaluation.about.get('answers', 'from nobody knows where'))}"
 
 
 def page(evaluation: Evaluation) -> str:
@@ -38,10 +38,10 @@ def page(evaluation: Evaluation) -> str:
     lines = [
         f"# {evaluation.ours.name}{against} on {len(evaluation.cases)} rows",
         "",
-        *(f"- {name}: {_facts(value)}" for name, value in evaluation.about.items()),
+        *(f"- {name}: {facts(value)}" for name, value in evaluation.about.items()),
         "- intervals: 95 %, Wilson's for rates, else a bootstrap over rows; differences are paired by row",
         "",
-        *_markdown_table(header, rows),
+        *table_lines(header, rows),
         "",
         f"## Answers, side by side ({min(SHOWN_ROWS, len(evaluation.cases))} rows)",
         "",
@@ -62,26 +62,8 @@ def _row(evaluation: Evaluation, index: int) -> list[str]:
         said.append((evaluation.theirs.name, evaluation.theirs.answers[index].text))
     if index < len(evaluation.base_answers):
         said.append(("base", evaluation.base_answers[index].text))
-    cells = [[who, _cell(text)] for who, text in said]
-    return [f"### {case.place}", "", *_markdown_table(["", "text"], cells), ""]
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-
-
-def _cell(text: str) -> str:
-    """Text that shows as it is, on one line of a table."""
-    shown = text.replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
-    for mark in "|*_`[]":
-        shown = shown.replace(mark, f"\\{mark}")
-    return "<br>".join(shown.splitlines()) or "(nothing)"
-
-
-def _facts(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_facts(member)}" for name, member in value.items())
-    return str(value)
+    cells = [[who, cell(text)] for who, text in said]
+    return [f"### {case.place}", "", *table_lines(["", "text"], cells), ""]
 
 
 def _figure(figure: Figure) -> str:
