@@ -1,8 +1,8 @@
-"""quickchange.json, an optional manifest beside an adapter: base, origin, canary. Knows no tensors."""
+"""quickchange.json, an optional manifest beside an adapter: base, text, canary, origin. Knows no tensors."""
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,15 +10,23 @@ from typing import Any, NoReturn
 from adapters.canary import Canary, parse_canary
 from adapters.errors import InvalidAdapterError, UnsupportedAdapterError, WrongBaseError
 from adapters.files import BUNDLE_FILE, read_bounded
+from adapters.origin import Origin, parse_origin
 from adapters.strict_json import brief, parse_object
 
 FORMAT = 1
 MAX_BUNDLE_BYTES = 256 * 1024
 MAX_CHAT_TEMPLATE_CHARS = 64 * 1024
+MAX_EOS_TOKENS = 64
 
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_FIELDS = frozenset({"format", "base_fingerprint", "chat_template", "data_sha256", "seed", "canary"})
+_MAX_TOKEN_ID = 2**31
+_FIELDS = frozenset(
+    {
+        *("format", "base_fingerprint", "chat_template", "eos_token_ids"),
+        *("data_sha256", "seed", "canary", "training"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +39,8 @@ class Bundle:
         data_sha256: 64 hexadecimal digits over the training data; None if unknown.
         seed: of the training run; None if unknown.
         canary: what it answered where it was trained; None if nobody recorded it.
+        eos_token_ids: at which answers ended where it was trained, ascending; None if unknown.
+        training: how it came about; None if unknown.
     """
 
     base_fingerprint: str
@@ -38,6 +48,8 @@ class Bundle:
     data_sha256: str | None = None
     seed: int | None = None
     canary: Canary | None = None
+    eos_token_ids: tuple[int, ...] | None = None
+    training: Origin | None = None
 
     def canonical(self) -> dict[str, object]:
         """JSON-able, the same for the same content; unknown facts are left out."""
@@ -45,9 +57,11 @@ class Bundle:
             "format": FORMAT,
             "base_fingerprint": self.base_fingerprint,
             "chat_template": self.chat_template,
+            "eos_token_ids": None if self.eos_token_ids is None else list(self.eos_token_ids),
             "data_sha256": self.data_sha256,
             "seed": self.seed,
             "canary": None if self.canary is None else self.canary.canonical(),
+            "training": None if self.training is None else self.training.canonical(),
         }
         return {name: value for name, value in facts.items() if value is not None}
 
@@ -80,6 +94,32 @@ def check_base(declared: str, resident: str) -> None:
         )
 
 
+def check_text(bundle: Bundle, eos_token_ids: Set[int], chat_template: str | None) -> str:
+    """Whether answers end here where they did in training, and whose template renders chats; in one line.
+
+    Args:
+        eos_token_ids, chat_template: of the resident base.
+
+    Raises:
+        WrongBaseError: this base goes on after a token that ended answers.
+    """
+    if bundle.eos_token_ids is None:
+        ends = "it does not say where answers end"
+    else:
+        unknown = sorted(set(bundle.eos_token_ids) - eos_token_ids)
+        if unknown:
+            raise WrongBaseError(
+                f"{BUNDLE_FILE}: answers ended at {_listed(bundle.eos_token_ids)} in training, "
+                f"and this base does not stop at {_listed(unknown)} but at {_listed(sorted(eos_token_ids))}; "
+                "serve it with the generation_config.json and tokenizer it was trained with"
+            )
+        ends = f"answers end at {_listed(bundle.eos_token_ids)}"
+    if bundle.chat_template is None:
+        return f"{ends}; chats are rendered with the base's template"
+    same = "the base's template" if bundle.chat_template == chat_template else "the adapter's own template"
+    return f"{ends}; chats are rendered with {same}"
+
+
 def parse_bundle(raw: bytes) -> Bundle:
     """The manifest in the bytes of a quickchange.json; errors as `read_bundle`."""
     members = parse_object(raw, source=BUNDLE_FILE, max_bytes=MAX_BUNDLE_BYTES)
@@ -97,6 +137,8 @@ def parse_bundle(raw: bytes) -> Bundle:
         data_sha256=_data_sha256(members),
         seed=_seed(members),
         canary=_canary(members),
+        eos_token_ids=_eos_token_ids(members),
+        training=_training(members),
     )
 
 
@@ -131,6 +173,28 @@ def _seed(members: Mapping[str, Any]) -> int | None:
 def _canary(members: Mapping[str, Any]) -> Canary | None:
     value = members.get("canary")
     return None if value is None else parse_canary(value, _refuse)
+
+
+def _eos_token_ids(members: Mapping[str, Any]) -> tuple[int, ...] | None:
+    value = members.get("eos_token_ids")
+    if value is None:
+        return None
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_EOS_TOKENS:
+        _refuse("eos_token_ids", value, f"it must be a list of 1 to {MAX_EOS_TOKENS} token ids")
+    if not all(type(token) is int and 0 <= token < _MAX_TOKEN_ID for token in value):
+        _refuse("eos_token_ids", value, f"token ids are from 0 to {_MAX_TOKEN_ID - 1}")
+    if value != sorted(set(value)):
+        _refuse("eos_token_ids", value, "they must ascend, each once")
+    return tuple(value)
+
+
+def _training(members: Mapping[str, Any]) -> Origin | None:
+    value = members.get("training")
+    return None if value is None else parse_origin(value, _refuse)
+
+
+def _listed(tokens: Iterable[int]) -> str:
+    return ", ".join(map(str, tokens)) or "none"
 
 
 def _refuse(field: str, value: object, why: str) -> NoReturn:

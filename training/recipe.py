@@ -36,6 +36,11 @@ ALL_LINEAR: Final = "all-linear"
 _PATHS: Final = ("data", "out")
 _LISTS: Final = ("target_modules", "trackers")
 _OPEN_PATHS: Final = ("eval_data",)
+WITHOUT_EFFECT: Final = (
+    *("out", "checkpoint_every_s", "trackers", "canary_probes", "license"),
+    *("exceed_memory", "publish", "name", "promote_if", "alias", "promote_metric", "promote_margin"),
+)
+"""Settings that no weight depends on: a run may change them when it goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +103,7 @@ class Recipe:
         alias: which one; None is "prod".
         promote_metric: what decides.
         promote_margin: by how much, in its unit: points of 100 for chrf and bleu, parts of 1 for the others.
+        license: of the result, for its model card, as hubs spell it, such as "apache-2.0"; None if unknown.
 
     Raises:
         RecipeError: a value is out of its range, or a setting is none of the method's.
@@ -149,6 +155,7 @@ class Recipe:
     alias: str | None = None
     promote_metric: PromoteMetric = "chrf"
     promote_margin: float = 0.0
+    license: str | None = None
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

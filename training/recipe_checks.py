@@ -1,5 +1,6 @@
 """What a recipe's values may be: choices, ranges, and what its method knows. Knows no files and no torch."""
 
+import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
@@ -36,7 +37,7 @@ MAX_VIRTUAL_TOKENS: Final = 4096
 """Learned positions before a prompt."""
 
 # Kind of number, lowest and highest value that make sense, both allowed.
-_RANGES: Final[Mapping[str, tuple[type, float, float]]] = MappingProxyType(
+RANGES: Final[Mapping[str, tuple[type, float, float]]] = MappingProxyType(
     {
         "rank": (int, 1, 1024),
         "alpha": (float, 1e-3, 1e5),
@@ -62,6 +63,7 @@ _RANGES: Final[Mapping[str, tuple[type, float, float]]] = MappingProxyType(
         "seed": (int, 0, 2**32 - 1),
     }
 )
+LICENSE: Final = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _MAY_BE_OPEN: Final = ("alpha", "learning_rate", "max_steps", "early_stopping", "promote_if")
 _SWITCHES: Final = ("gradient_checkpointing", "packing", "share_prefixes", "exceed_memory")
 
@@ -74,12 +76,13 @@ def check_values(values: Mapping[str, object]) -> None:
     """
     for field, choices in _CHOICES.items():
         _check_choice(field, values[field], choices)
-    for field, (kind, low, high) in _RANGES.items():
+    for field, (kind, low, high) in RANGES.items():
         _check_number(field, values[field], kind, low, high)
     for field in _SWITCHES:
         _check_switch(field, values[field])
     _check_targets(values["target_modules"])
     _check_trackers(values["trackers"])
+    _check_license(values["license"])
 
 
 def check_known(method: Method, names: Iterable[str], *, source: str) -> None:
@@ -162,6 +165,14 @@ def _check_targets(value: object) -> None:
 def _check_trackers(value: object) -> None:
     if not isinstance(value, tuple) or not all(isinstance(name, str) and name for name in value):
         raise RecipeError(f"trackers is {value!r}, must be a list of names such as tensorboard, or empty")
+
+
+def _check_license(value: object) -> None:
+    if value is not None and not (isinstance(value, str) and LICENSE.fullmatch(value)):
+        raise RecipeError(
+            f"license is {value!r}, must be a name such as apache-2.0 or other, of small letters, digits, "
+            "'.', '+' and '-'"
+        )
 
 
 def _check_switch(name: str, value: object) -> None:

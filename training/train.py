@@ -2,8 +2,8 @@
 
 Afterwards there are two folders, each of which appears complete or not at all:
 
-OUT            exactly an adapter: adapter_config.json, adapter_model.safetensors, quickchange.json; of method
-               full a model folder
+OUT            an adapter: adapter_config.json, adapter_model.safetensors, quickchange.json; of method full a
+               model folder; and README.md, its model card
 OUT.training   how it came about: training.json, loss.png, TensorBoard's event files
 """
 
@@ -35,18 +35,13 @@ from training.outcome import add_to_report, write_outcome
 from training.products import name_of, products_dtype
 from training.promotion import Promotion, promote, promotion_cases
 from training.publish import Resident, check_resident, publish_adapter, resident_at
-from training.recipe import Recipe
+from training.recipe import WITHOUT_EFFECT, Recipe
 from training.recorder import check_trackers
 from training.stopwatch import Stopwatch
 from training.unfinished import Start, UnfinishedRun
 
 log = logging.getLogger(__name__)
 
-_WITHOUT_EFFECT: Final = (
-    *("out", "checkpoint_every_s", "trackers", "canary_probes"),
-    *("exceed_memory", "publish", "name", "promote_if", "alias", "promote_metric", "promote_margin"),
-)
-"""Settings that a run may change when it goes on."""
 _SLACK_TOKENS: Final = 16
 """An answer may be so much longer than the longest reference when versions are compared."""
 
@@ -170,7 +165,7 @@ def _products(recipe: Recipe, base: Base, run: UnfinishedRun) -> torch.dtype:
 
 def _identity(recipe: Recipe, base: Base, data: TrainingData, products: torch.dtype) -> dict[str, Any]:
     """What must be the same for a run to go on: all that its losses depend on."""
-    settings = {name: value for name, value in recipe.to_mapping().items() if name not in _WITHOUT_EFFECT}
+    settings = {name: value for name, value in recipe.to_mapping().items() if name not in WITHOUT_EFFECT}
     return settings | {
         "base": base.fingerprint,
         "data": data.sha256,

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final, TypeVar
 
+from adapters.bundle import Bundle, check_text
 from adapters.canary import Canary
 from adapters.errors import AdapterError, AdapterNotFoundError, InvalidAdapterError
 from adapters.facts import AdapterFacts
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_TEXT: Final = "text"
 _CANARY: Final = "canary"
 
 
@@ -37,10 +39,13 @@ class Admission:
         workers: Workers,
         *,
         max_rank: int,
+        eos_token_ids: frozenset[int],
+        chat_template: str | None,
         canary_timeout_s: float,
     ) -> None:
         self._store, self._engine, self._layout, self._workers = store, engine, layout, workers
         self._max_rank = max_rank
+        self._eos_token_ids, self._chat_template = eos_token_ids, chat_template
         self._replay = CanaryReplay(engine, canary_timeout_s)
         self._replaying = asyncio.Lock()  # one at a time: canaries go beside real work, not instead of it
 
@@ -60,14 +65,24 @@ class Admission:
         if facts is None:
             assert examined.error is not None, "no facts without an error"
             raise examined.error
+        report = self._with_text(examined.bundle, examined.report)
         canary = examined.bundle.canary if examined.bundle else None
         reason = self._why_not_replayed(canary)
         if canary is None or reason:
-            report = examined.report.with_check(Check(_CANARY, Outcome.SKIPPED, reason))
+            report = report.with_check(Check(_CANARY, Outcome.SKIPPED, reason))
             return await self._workers.run(publish, facts, report)
         async with self._replaying, self._unlisted(folder, facts):
-            report = await self._replayed(facts.digest, canary, examined.report)
+            report = await self._replayed(facts.digest, canary, report)
             return await self._workers.run(publish, facts, report)
+
+    def _with_text(self, bundle: Bundle | None, report: ValidationReport) -> ValidationReport:
+        if bundle is None:
+            return report.with_check(Check(_TEXT, Outcome.SKIPPED, "the adapter says nothing of it"))
+        try:
+            detail = check_text(bundle, self._eos_token_ids, self._chat_template)
+        except AdapterError as error:
+            raise _reported(_TEXT, error, report) from None
+        return report.with_check(Check(_TEXT, Outcome.PASSED, detail))
 
     def _why_not_replayed(self, canary: Canary | None) -> str:
         """Empty if there is a canary that says something here."""
@@ -94,9 +109,9 @@ class Admission:
             refusal: AdapterError = InvalidAdapterError(
                 f"canary in quickchange.json: {error}; record it on this base", reason="BAD_BUNDLE"
             )
-            raise _reported(refusal, report) from None
+            raise _reported(_CANARY, refusal, report) from None
         except AdapterError as error:
-            raise _reported(error, report) from None
+            raise _reported(_CANARY, error, report) from None
         return report.with_check(Check(_CANARY, Outcome.PASSED, detail))
 
     @asynccontextmanager
@@ -124,6 +139,6 @@ class Admission:
                 log.exception("adapter not removed digest=%s; the next start does it", digest)
 
 
-def _reported(error: AdapterError, report: ValidationReport) -> AdapterError:
-    error.report = report.with_check(failed(_CANARY, error))
+def _reported(check: str, error: AdapterError, report: ValidationReport) -> AdapterError:
+    error.report = report.with_check(failed(check, error))
     return error

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from adapters import measures
-from adapters.bundle import Bundle, read_bundle
+from adapters.bundle import Bundle, check_text, parse_bundle, read_bundle
 from adapters.errors import AdapterError, InvalidAdapterError, UnsupportedAdapterError, WrongBaseError
-from adapters.files import BUNDLE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from adapters.files import BUNDLE_FILE, CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from adapters.layout import BaseLayout
+from adapters.origin import Origin
 from adapters.spec import parse_spec
 from adapters.store import AdapterStore
 from adapters.validate import validate_adapter
@@ -274,6 +275,22 @@ def test_the_bundle_ties_an_adapter_to_its_base(adapter: Path, layout: BaseLayou
         ({"seed": -1}, InvalidAdapterError),
         ({"seed": True}, InvalidAdapterError),
         ({"code": "import os"}, InvalidAdapterError),
+        ({"eos_token_ids": []}, InvalidAdapterError),
+        ({"eos_token_ids": [2, True]}, InvalidAdapterError),
+        ({"eos_token_ids": [5, 2]}, InvalidAdapterError),
+        ({"eos_token_ids": list(range(65))}, InvalidAdapterError),
+        ({"training": []}, InvalidAdapterError),
+        ({"training": {"host": "mine"}}, InvalidAdapterError),
+        ({"training": {"eval_data_sha256": "AB" * 32}}, InvalidAdapterError),
+        ({"training": {"recipe": {"rank": {"of": 3}}}}, InvalidAdapterError),
+        ({"training": {"recipe": {"data": "x" * 33_000}}}, InvalidAdapterError),
+        ({"training": {"recipe": {"a name": 1}}}, InvalidAdapterError),
+        ({"training": {"metrics": {"loss": "low"}}}, InvalidAdapterError),
+        ({"training": {"metrics": {"loss": True}}}, InvalidAdapterError),
+        ({"training": {"metrics": {f"m{n}": n for n in range(65)}}}, InvalidAdapterError),
+        ({"training": {"versions": {"torch": 2}}}, InvalidAdapterError),
+        ({"training": {"versions": {"torch": "2" * 129}}}, InvalidAdapterError),
+        ({"training": {"versions": {f"p{n}": "1" for n in range(33)}}}, InvalidAdapterError),
     ],
 )
 def test_a_bad_bundle_is_refused_by_field(
@@ -282,6 +299,47 @@ def test_a_bad_bundle_is_refused_by_field(
     whole = {"format": 1, "base_fingerprint": FINGERPRINT} | members
     (adapter / BUNDLE_FILE).write_text(json.dumps(whole))
     assert next(iter(members)) in str(_refusal(adapter, layout, error))
+
+
+def test_a_bundle_with_all_that_travels_comes_back_and_counts_in_the_digest(
+    adapter: Path, layout: BaseLayout
+) -> None:
+    origin = Origin(
+        "cd" * 32, {"method": "qlora", "target_modules": ["q_proj"], "packing": False, "epochs": 1.5},
+        {"final_loss": 0.25, "steps": 7}, {"torch": "2.13.0"},
+    )  # fmt: skip
+    bundle = Bundle(FINGERPRINT, seed=7, eos_token_ids=(2, 9), training=origin)
+    (adapter / BUNDLE_FILE).write_text(bundle.to_json())
+    assert read_bundle(adapter) == bundle
+    digest = validate_adapter(adapter, layout, max_rank=64).digest
+    (adapter / BUNDLE_FILE).write_text(Bundle(FINGERPRINT, seed=7).to_json())
+    assert validate_adapter(adapter, layout, max_rank=64).digest != digest
+
+
+def test_a_manifest_as_it_was_before_means_what_it_meant() -> None:
+    """Stored digests are over these members: nothing may be added to a manifest that does not have it."""
+    members = {"format": 1, "base_fingerprint": FINGERPRINT, "data_sha256": "ab" * 32, "seed": 7}
+    assert parse_bundle(json.dumps(members).encode()).canonical() == members
+
+
+def test_text_is_compared_with_the_base() -> None:
+    bundle = Bundle(FINGERPRINT, chat_template="{{ a }}", eos_token_ids=(2, 9))
+    assert check_text(bundle, {2, 9, 11}, "{{ a }}") == (
+        "answers end at 2, 9; chats are rendered with the base's template"
+    )
+    assert check_text(bundle, {2, 9}, None).endswith("rendered with the adapter's own template")
+    with pytest.raises(WrongBaseError, match=r"ended at 2, 9 in training, .* does not stop at 9 but at 2;"):
+        check_text(bundle, {2}, "{{ a }}")
+    assert check_text(Bundle(FINGERPRINT), {2}, None) == (
+        "it does not say where answers end; chats are rendered with the base's template"
+    )
+
+
+def test_only_a_file_that_is_named_may_lie_beside_an_adapter(adapter: Path, layout: BaseLayout) -> None:
+    alone = validate_adapter(adapter, layout, max_rank=64)
+    (adapter / CARD_FILE).write_text("# about it")
+    assert validate_adapter(adapter, layout, max_rank=64, beside=(CARD_FILE,)) == alone
+    assert _refusal(adapter, layout).reason == "UNEXPECTED_FILE"  # as a server sees it
 
 
 def test_a_bundle_that_would_not_be_read_is_not_written() -> None:

@@ -30,10 +30,11 @@ def test_a_good_adapter_is_shown_check_by_check(
     assert err == ""
     assert lines[0].split() == ["ok", "files", "adapter_config.json,", "adapter_model.safetensors"]
     assert lines[2].split(maxsplit=2) == ["-", "manifest", "there is none"]
-    assert lines[9].split(maxsplit=2) == ["-", "canary", "the adapter has none"]
-    assert lines[10].split() == ["module", "rank", "scaling", "|ΔW|"]
-    assert len(lines) == 10 + 1 + 14 + 1  # every linear module but the head
-    assert lines[11].split()[:2] == ["model.layers.0.self_attn.q_proj", "2"]
+    assert lines[9].split(maxsplit=2) == ["-", "text", "the adapter says nothing of it"]
+    assert lines[10].split(maxsplit=2) == ["-", "canary", "the adapter has none"]
+    assert lines[11].split() == ["module", "rank", "scaling", "|ΔW|"]
+    assert len(lines) == 11 + 1 + 14 + 1  # every linear module but the head
+    assert lines[12].split()[:2] == ["model.layers.0.self_attn.q_proj", "2"]
     assert lines[-1].startswith("valid: rank 2, 14 modules, |ΔW| ")
     assert lines[-1].endswith(", canary skipped: the adapter has none")
 

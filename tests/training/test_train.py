@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import training.foresight
 from adapters.base import Base, dequantized_model, load_base
 from adapters.bundle import read_bundle
+from adapters.files import CARD_FILE
 from adapters.nf4 import fused_kernel_works
 from adapters.quantize import Scheme
 from adapters.validate import validate_adapter
@@ -73,7 +74,8 @@ def test_the_loss_falls_and_the_adapter_passes_the_servers_checks(base: Base, da
     assert losses[-1] < 0.3 * losses[0]
     assert result.fit.final_loss < 0.3 * losses[0]
     assert result.fit.evals[-1].loss < 0.5 * result.fit.evals[0].loss
-    assert validate_adapter(result.out, base.layout, max_rank=4) == result.facts
+    found = validate_adapter(result.out, base.layout, max_rank=4, beside=(CARD_FILE,))
+    assert found == result.facts
     assert result.facts.delta_norm > 0
     assert result.facts.target_modules == (
         "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj",
@@ -84,11 +86,12 @@ def test_the_loss_falls_and_the_adapter_passes_the_servers_checks(base: Base, da
 def test_the_folder_is_exactly_an_adapter_and_says_where_it_is_from(base: Base, data: Path) -> None:
     result = run(base, data, seed=5, max_steps=2)
     names = {path.name for path in result.out.iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "quickchange.json"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "quickchange.json", "README.md"}
     bundle = read_bundle(result.out)
     assert bundle is not None
     assert (bundle.base_fingerprint, bundle.seed) == (base.fingerprint, 5)
     assert bundle.chat_template == base.chat_template
+    assert bundle.eos_token_ids == tuple(sorted(base.eos_token_ids))
     config = json.loads((result.out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == base.name  # and no path of this machine
 
