@@ -142,11 +142,16 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="say what there is to learn, load no weights, write nothing"
     )
+    parser.add_argument(
+        "--print-schema", action="store_true", help="print the JSON schema of recipe files, and stop"
+    )
     add_progress_option(parser)
     add_json_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.print_schema:
+        return _print_schema()
     with needs_extra("train"):
         recipe = _recipe(args)  # before torch is there, so that a typo shows at once
         from adapters.errors import AdapterError, BaseModelError
@@ -174,6 +179,13 @@ def run(args: argparse.Namespace) -> int:
             print(f"published as {result.published}")
         if result.promotion is not None:
             print(result.promotion)
+    return 0
+
+
+def _print_schema() -> int:
+    with needs_extra("train"):
+        from training.recipe_schema import schema_text
+    print(schema_text(), end="")
     return 0
 
 
