@@ -129,7 +129,8 @@ def check_together(method: Method, values: Mapping[str, Any]) -> None:
     if values["packing"] and method.family in ("prefix", "prompt"):
         raise RecipeError(
             f"packing is on, but with method {method.name} rows of one sequence would share what is learned "
-            "before them; turn it off"
+            "before them: virtual tokens stand before the whole sequence, not before each row; turn packing "
+            "off"
         )
     if values["gradient_checkpointing"] and method.family == "prefix":
         raise RecipeError(

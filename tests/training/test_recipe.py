@@ -91,6 +91,7 @@ def test_to_mapping_makes_the_same_recipe_again() -> None:
         ({"eval_data": "e.jsonl", "eval_fraction": 0.1}, "eval_data and eval_fraction are both given"),
         ({"packing": "no"}, "packing is 'no', must be true or false"),
         ({"packing": True, "method": "prompt"}, "rows of one sequence would share what is learned"),
+        ({"packing": True, "method": "prefix"}, "not before each row; turn packing off"),
         ({"loss_on": "prompts"}, "loss_on is 'prompts', must be one of completions, all"),
         ({"on_too_long": "split"}, "on_too_long is 'split', must be one of cut, drop, fail"),
         ({"target_modules": ()}, r"target_modules is \(\), must be all-linear, attention, qv, mlp or names"),

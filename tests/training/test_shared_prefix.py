@@ -15,7 +15,7 @@ from training.batches import IGNORED, Collator, SequenceTrainer
 from training.encoding import Example
 from training.recipe import Recipe
 from training.shared_prefix import SharedPrefixCollator, can_share, common_beginning, one_sequence
-from training.train import train
+from training.train import TrainingResult, train
 
 BEGINNING = tuple(range(3, 33))
 ROWS = [
@@ -134,20 +134,35 @@ def test_a_model_that_misreads_the_mask_is_found_out(base: Base, monkeypatch: py
 
 
 def test_a_whole_run_has_the_same_losses(base: Base, tmp_path: Path) -> None:
+    shared, apart = both_ways(base, tmp_path, rank=4)
+    assert [p.loss for p in shared.fit.losses] == pytest.approx([p.loss for p in apart.fit.losses], rel=1e-3)
+    assert shared.fit.losses != apart.fit.losses, "nothing was shared: rounding would differ"
+    assert shared.fit.tokens == apart.fit.tokens
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_learned_positions_stand_before_each_row_and_never_before_a_shared_sequence(
+    method: str, base: Base, tmp_path: Path
+) -> None:
+    with_sharing, without = both_ways(base, tmp_path, method=method)
+    assert with_sharing.fit.losses == without.fit.losses  # to the bit: the setting changes nothing
+
+
+def both_ways(base: Base, folder: Path, **settings: Any) -> tuple[TrainingResult, TrainingResult]:
+    """A run whose rows begin alike, with share_prefixes and without."""
     rows = [
         {"prompt": f"answer this question please: {n}", "completion": f"{n * 7 % 10} ok"} for n in range(24)
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shared, apart = (
         train(
             Recipe(
-                data=tmp_path / "rows.jsonl", out=tmp_path / str(share), rank=4, max_steps=6, batch_size=4,
-                learning_rate=5e-3, products="float32", share_prefixes=share, canary_probes=0,
+                data=folder / "rows.jsonl", out=folder / str(share), max_steps=6, batch_size=4,
+                learning_rate=5e-3, products="float32", share_prefixes=share, canary_probes=0, **settings,
             ),
             base,
             progress=False,
         )
         for share in (True, False)
     )  # fmt: skip
-    assert [p.loss for p in shared.fit.losses] == pytest.approx([p.loss for p in apart.fit.losses], rel=1e-3)
-    assert shared.fit.tokens == apart.fit.tokens
+    return shared, apart
