@@ -118,7 +118,7 @@ def examine(environ: Mapping[str, str]) -> Diagnosis:
     Args:
         environ: normally os.environ.
     """
-    processor = processor_of(_read(Path("/proc/cpuinfo")))
+    processor = this_processor()
     without_torch = _import_problem("torch")
     has_torch = without_torch is None
     return Diagnosis(
@@ -132,6 +132,11 @@ def examine(environ: Mapping[str, str]) -> Diagnosis:
         ),
         memory=_memory(),
     )
+
+
+def this_processor() -> Processor:
+    """What this process runs on."""
+    return processor_of(_read(Path("/proc/cpuinfo")))
 
 
 def processor_of(cpuinfo: str) -> Processor:

@@ -1,20 +1,17 @@
 """The machine that a run was on, as far as figures depend on it."""
 
 import os
-import platform
-from pathlib import Path
 
 import psutil
 import torch
 
 from kernels.library import status
-
-_CPUINFO = Path("/proc/cpuinfo")
+from server.doctor import this_processor
 
 
 def machine() -> dict[str, object]:
     return {
-        "processor": _processor(),
+        "processor": this_processor().name,
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "torch": torch.__version__,
@@ -22,11 +19,3 @@ def machine() -> dict[str, object]:
         "native_kernels": status().isa,
         "load_average": os.getloadavg(),
     }
-
-
-def _processor() -> str:
-    if _CPUINFO.is_file():
-        for line in _CPUINFO.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
