@@ -43,7 +43,7 @@ def ask_reference(args: argparse.Namespace, cases: "Sequence[Case]") -> Asked:
     )
     return Asked(
         ours=_answered(base, ours, args, cases),
-        theirs=None if args.adapter is None else _answered(base, theirs, args, cases),
+        theirs=None if args.against is None else _answered(base, theirs, args, cases),
         base_answers=base_answers,
         who={
             "engine": "reference",

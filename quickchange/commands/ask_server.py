@@ -67,7 +67,7 @@ def _contest(args: argparse.Namespace, scratch: Path) -> Iterator[_Contest]:
             if args.base is not None:
                 _check_base(args, client)
             ours = _reference(client, args.adapter)
-            theirs = None if args.adapter is None else _reference(client, args.against)
+            theirs = None if args.against is None else _reference(client, args.against)
             yield _Contest(client, ours, theirs)
         return
     for folder in (args.adapter, args.against):
@@ -79,7 +79,7 @@ def _contest(args: argparse.Namespace, scratch: Path) -> Iterator[_Contest]:
         Client(server.grpc) as client,
     ):
         ours = _pushed(client, args.adapter, _CANDIDATE)
-        theirs = None if args.adapter is None else _pushed(client, args.against, _RIVAL)
+        theirs = None if args.against is None else _pushed(client, args.against, _RIVAL)
         yield _Contest(client, ours, theirs)
 
 

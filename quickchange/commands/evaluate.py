@@ -33,6 +33,8 @@ with --base alone a server is started for the time; with --server, --base adds t
 answers, which is computed here, in float32; --engine reference asks no server, and measures what none
 applies"""
 
+_NOBODY = "none"
+
 
 def add_parser(subparsers: "Subparsers") -> None:
     parser = add_command(subparsers, "evaluate", "measure an adapter on held-out rows", _EXAMPLES)
@@ -57,7 +59,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser.add_argument(
         "--against",
         metavar="REF",
-        help="compare with this adapter, or with base (base, if there is --adapter)",
+        help="compare with this adapter, with base, or with none (base, if there is --adapter)",
     )
     parser.add_argument("--rows", type=positive_int, metavar="N", help="so many rows, at random (all)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that choice (0)")
@@ -69,6 +71,7 @@ def add_parser(subparsers: "Subparsers") -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
+    args.against = _rival(args)
     with needs_extra("train"):
         from adapters.errors import AdapterError, BaseModelError
         from training.cases import cases_of, sample
@@ -98,6 +101,13 @@ def _check(args: argparse.Namespace) -> None:
         raise CommandError("--against compares with --adapter; give one", MISUSED)
     if args.out is not None and args.out.exists():
         raise CommandError(f"--out {args.out} exists already; remove it or choose another", MISUSED)
+
+
+def _rival(args: argparse.Namespace) -> str | None:
+    """Whom the adapter is compared with; None for nobody."""
+    if args.adapter is None or args.against == _NOBODY:
+        return None
+    return args.against or BASE
 
 
 def _check_engine(args: argparse.Namespace) -> None:

@@ -87,6 +87,10 @@ def test_a_folder_on_a_server_of_its_own(
     assert (found["data"]["rows"], len(found["rows"])) == (5, 5)
     assert found["model"]["metrics"]["exact"]["value"] == 1.0
     assert found["differences"]["loss"]["value"] < 0
+    assert main([*command, "--against", "none"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["model"]["metrics"] == found["model"]["metrics"]
+    assert not {"against", "differences"} & alone.keys()
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,9 @@ def test_two_kinds_and_the_base_side_by_side(
     assert rows_of(both) == [
         (ours, theirs) for (ours, _), (theirs, _) in zip(rows_of(one), rows_of(other), strict=True)
     ]
+    alone = evaluated(capsys, *on_base, "--adapter", lora, "--against", "none")
+    assert [row["answer"] for row in alone["rows"]] == [ours for ours, _ in rows_of(one)]
+    assert "against" not in alone
     bare = [answer for _, answer in rows_of(one)]
     assert [row["answer_base"] for row in both["rows"][:20]] == bare[:20]
     assert "- answers: engine reference, base " in (out / "evaluation.md").read_text()
