@@ -20,6 +20,7 @@ from quickchange.commands import (
     plan,
     serve,
     store,
+    study,
     train,
 )
 from quickchange.commands.failure import FAILED, CommandError
@@ -40,6 +41,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "demo": demo,
     "train": train,
     "evaluate": evaluate,
+    "study": study,
     "plan": plan,
     "merge": merge,
 }

@@ -8,7 +8,8 @@ TrainingError
 ├── StoppedError     somebody stopped it; it can go on
 ├── PublishError     the server refuses the adapter, or would refuse it
 ├── EvaluationError  a question is refused, or the server goes away while it is asked
-└── ShortOfMemoryError  less memory is free than the run would take
+├── ShortOfMemoryError  less memory is free than the run would take
+└── StudyError       a study's settings are impossible, or its folder is another study's
 """
 
 
@@ -46,3 +47,7 @@ class EvaluationError(TrainingError):
 
 class ShortOfMemoryError(TrainingError):
     """Less memory is free than the run would take."""
+
+
+class StudyError(TrainingError):
+    """A study's settings are impossible, or its folder is another study's."""

@@ -14,10 +14,11 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """A metric over the test rows with its 95 % interval: bleu and chrf in points of 100, others in parts of 1.
+    """A metric over the test rows with its 95 % interval.
 
     Attributes:
-        value, low, high: None where there is no number, such as the interval of a single row.
+        value, low, high: bleu and chrf in points of 100, others in parts of 1; None where there is no number,
+            such as the interval of a single row.
     """
 
     value: float | None
@@ -140,6 +141,10 @@ class StudyResult:
     cells: tuple[CellResult, ...]
     missing: tuple[str, ...] = ()
 
+    @property
+    def failed(self) -> list[CellResult]:
+        return [cell for cell in self.cells if cell.measured is None]
+
     def to_mapping(self) -> dict[str, Any]:
-        """Plain values: study-results.json."""
+        """Plain values: results.json."""
         return {"format": FORMAT, **dataclasses.asdict(self)}

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 FAILED = 1
 MISUSED = 2
+DIVERGED = 3  # a training run's loss is no number any more: a lower learning rate may do
 STOPPED = 130  # as shells report what Ctrl-C ended
 
 _OURS = frozenset({"quickchange", "server", "adapters", "training", "kernels"})

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from quickchange.commands.failure import MISUSED, STOPPED, CommandError, needs_extra
+from quickchange.commands.failure import DIVERGED, MISUSED, STOPPED, CommandError, needs_extra
 from quickchange.commands.interruptible import stop_on_signals
 from quickchange.commands.options import add_command, add_json_option, add_progress_option, progress_of
 from quickchange.commands.output import print_json, size
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     with needs_extra("train"):
         recipe = _recipe(args)  # before torch is there, so that a typo shows at once
         from adapters.errors import AdapterError, BaseModelError
-        from training.errors import StoppedError, TrainingError
+        from training.errors import DivergedError, StoppedError, TrainingError
         from training.train import examine, train
     start: Start = "resume" if args.resume else "restart" if args.restart else "new"
     progress = progress_of(args)
@@ -168,6 +168,8 @@ def run(args: argparse.Namespace) -> int:
             result = train(recipe, start=start, stop=stop, progress=progress, on_data=told)
     except StoppedError as error:
         raise CommandError(str(error), STOPPED) from error
+    except DivergedError as error:
+        raise CommandError(str(error), DIVERGED) from error
     except (TrainingError, AdapterError, BaseModelError) as error:
         raise CommandError(str(error)) from error
     if args.json:
