@@ -2,7 +2,7 @@
 
 STUDY/study.json             the terms: what must stay the same when the study goes on
 STUDY/lock                   held by the process that works on it
-STUDY/data/                  train.jsonl and test.jsonl: the rows that were drawn
+STUDY/data/                  train.jsonl and test.jsonl: the rows that were drawn; source.json: from where
 STUDY/base/                  the evaluation of the bare base
 STUDY/trials/METHOD/RATE/    a short run in the search for a learning rate
 STUDY/cells/NAME/            recipe.yaml, result, result.training, evaluation, logs, cell.json
@@ -27,6 +27,7 @@ from training.study_plan import Cell, Study
 
 _TERMS_FILE: Final = "study.json"
 _LOCK_FILE: Final = "lock"
+_SOURCE_FILE: Final = "source.json"
 _CELL_FILE: Final = "cell.json"
 
 
@@ -89,12 +90,15 @@ class StudyFolder:
         """About the rows, for the report."""
         learned, asked = read_rows(self.train), read_rows(self.test)
         leaks = leakage(learned, asked)
-        recorded: dict[str, Any] = json.loads((self.path / "data" / "source.json").read_text())
-        return recorded | {
-            "train_rows": len(learned),
-            "test_rows": len(asked),
-            "test_rows_that_training_has_too": len(leaks.rows),
-            "test_questions_that_training_has_too": len(leaks.prompts),
+        source = json.loads((self.path / "data" / _SOURCE_FILE).read_text())
+        return {
+            "train": source["train"] | {"rows": len(learned)},
+            "test": source["test"]
+            | {
+                "rows": len(asked),
+                "rows that training has too": len(leaks.rows),
+                "questions that training has too": len(leaks.prompts),
+            },
         }
 
     def publish_report(self, write: Callable[[Path], None]) -> None:
@@ -133,12 +137,10 @@ def _draw(study: Study, folder: Path) -> None:
     _write_rows(folder / "train.jsonl", _drawn(study.data, study.rows, study))
     _write_rows(folder / "test.jsonl", _drawn(study.test, study.test_rows, study))
     source = {
-        "train_file": study.data.name,
-        "train_sha256": file_sha256(study.data),
-        "test_file": study.test.name,
-        "test_sha256": file_sha256(study.test),
+        "train": {"file": study.data.name, "sha256": file_sha256(study.data)},
+        "test": {"file": study.test.name, "sha256": file_sha256(study.test)},
     }
-    (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n")
+    (folder / _SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n")
 
 
 def _drawn(path: Path, count: int | None, study: Study) -> list[Row]:

@@ -90,8 +90,8 @@ def test_rows_are_drawn_once(files: dict[str, Path], tmp_path: Path) -> None:
         before = folder.train.read_text()
         assert len(before.splitlines()) == 24
         facts = folder.facts()
-    assert (facts["train_rows"], facts["test_rows"], facts["train_file"]) == (24, 4, "rows.jsonl")
-    assert facts["test_rows_that_training_has_too"] == 0
+    assert (facts["train"]["rows"], facts["test"]["rows"], facts["train"]["file"]) == (24, 4, "rows.jsonl")
+    assert facts["test"]["rows that training has too"] == 0
     files["data"].unlink()
     with StudyFolder(tmp_path / "study", study(files)) as folder:
         assert folder.train.read_text() == before
