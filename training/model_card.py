@@ -63,7 +63,7 @@ def model_card(recipe: Recipe, base: Base, data: TrainingData, origin: Origin, c
                 if name in origin.metrics
             ),
         ),
-        "Evaluation": _evaluation(recipe, origin),
+        "Evaluation": _evaluation(recipe, base, origin),
         "Versions": _table(("package", "version"), sorted(origin.versions.items())),
         "Limits": _limits(recipe, base, checked),
     }
@@ -197,19 +197,29 @@ def _counts(what: str, side: Side) -> tuple[str, ...]:
     return (what, *map(str, numbers))
 
 
-def _evaluation(recipe: Recipe, origin: Origin) -> str:
+def _evaluation(recipe: Recipe, base: Base, origin: Origin) -> str:
     measured = (
         "The held-out loss above is all that was measured in training"
         if "held_out_loss" in origin.metrics
         else "Nothing was held out, so the loss above is that of rows it has learned"
     )
-    name = recipe.name or "NAME"
-    command = (
-        "quickchange evaluate --data held-out.jsonl --server HOST:PORT"
-        if recipe.kind.saved is None
-        else f"quickchange evaluate --data held-out.jsonl --server HOST:PORT --adapter {name}"
-    )
+    command = _evaluate_command(recipe, base)
+    if command is None:
+        return f"{measured}. Answers are compared once it is merged.\n"
     return f"{measured}. Answers are compared by\n\n" + _fenced("console", f"$ {command}\n")
+
+
+def _evaluate_command(recipe: Recipe, base: Base) -> str | None:
+    """What measures the result; None if its base is one that `quickchange evaluate` does not load."""
+    data = _plain(recipe.eval_data.name) if recipe.eval_data is not None else "held-out.jsonl"
+    command, folder = f"quickchange evaluate --data {data}", f"./{_plain(recipe.out.name)}"
+    if recipe.kind.saved is None:
+        return f"{command} --base {folder} --quantization none"
+    if not recipe.quantizes_scales:
+        return None
+    on_base = f"--base {_plain(source_of(base))} --quantization {recipe.base_quantization}"
+    served = recipe.kind.why_not_served is None and base.scheme.is_served
+    return f"{command} {on_base} --adapter {folder}{'' if served else ' --engine reference'}"
 
 
 def _limits(recipe: Recipe, base: Base, checked: Checked) -> str:

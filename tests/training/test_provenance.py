@@ -162,25 +162,32 @@ def test_the_card_of_an_adapter(base_of: BaseOf, data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "says"),
+    ("method", "says", "measured_by"),
     [
-        ("full", "AutoModelForCausalLM.from_pretrained('out')"),
-        ("bitfit", "strict=False"),
-        ("prefix", "it cannot be merged"),
-        ("lora", "--quantization none"),
-        ("lora_8bit", "load_in_8bit=True"),
+        ("full", "AutoModelForCausalLM.from_pretrained('out')", "--base ./out --quantization none"),
+        ("bitfit", "strict=False", "--quantization none --adapter ./out --engine reference"),
+        ("prefix", "it cannot be merged", "--quantization nf4 --adapter ./out --engine reference"),
+        ("lora", "--quantization none --store", "--quantization none --adapter ./out"),
+        ("lora_8bit", "load_in_8bit=True", "--quantization int8 --adapter ./out --engine reference"),
     ],
 )
 def test_the_card_says_how_to_use_what_a_method_makes(
-    method: str, says: str, base_of: BaseOf, data: Path
+    method: str, says: str, measured_by: str, base_of: BaseOf, data: Path
 ) -> None:
     base = base_of(METHODS[method].quantizations[0], "qwen2" if method == "bitfit" else "llama")
     head, text = card_of(run(base, data, method=method, max_steps=2))
     assert says in text
+    assert f"{measured_by}\n" in text.split("## Evaluation")[1]
     assert head["license"] == "unknown"
     assert head["library_name"] == ("transformers" if method == "full" else "peft")
     assert "Nothing was held out" in text
     compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_a_base_that_nothing_else_loads_has_no_command_to_measure_on(base_of: BaseOf, data: Path) -> None:
+    _, text = card_of(run(base_of(double=False), data, double_quantization=False, max_steps=2))
+    assert "merge it, `quickchange merge --quantization nf4 --no-double-quantization`" in text
+    assert "quickchange evaluate" not in text
 
 
 def test_the_packaged_base_is_called_as_commands_and_hubs_call_it(base_of: BaseOf, data: Path) -> None:
