@@ -1,5 +1,8 @@
 """Owns what a run leaves behind: the result's folder, and the report and curve beside it. Trains nothing.
 
+The curve comes last, when the adapter is served already: drawing takes long, and nobody waits for it. A run
+that is killed before it has left all that it is drawn of in training.json.
+
 Validation and canary are for servers: what no server applies goes without, and training.json says why.
 """
 
@@ -21,6 +24,7 @@ from adapters.validate import validate_adapter
 from training.canary import probe_prompts, record_canary
 from training.curve import draw_loss_curve
 from training.data import TrainingData
+from training.data_report import DataReport
 from training.fitting import Fit
 from training.model_card import Checked, write_model_card
 from training.provenance import origin_of
@@ -43,7 +47,7 @@ class Outcome:
     """What was written.
 
     Attributes:
-        artefacts: the folder with training.json and loss.png.
+        artefacts: the folder with training.json.
         facts: of the adapter, as a server would find them; None of what no server applies.
     """
 
@@ -61,7 +65,7 @@ def write_outcome(
     events: Path,
     since_step: Stopwatch,
 ) -> Outcome:
-    """Writes OUT.training and OUT.
+    """Writes OUT.training, without the curve, and OUT.
 
     Args:
         model: settled, as it is to be saved.
@@ -73,7 +77,7 @@ def write_outcome(
     checks: list[tuple[AdapterFacts | None, Checked]] = []
 
     def report(staged: Path) -> None:
-        _save_artefacts(staged, base, data, recipe, fit, said, checks[0][1])
+        _save_report(staged, base, data, recipe, fit, said, checks[0][1])
         if events.is_dir():
             shutil.copytree(events, staged / events.name)
 
@@ -95,6 +99,15 @@ def add_to_report(artefacts: Path, facts: Mapping[str, Any]) -> None:
     staged = path.with_name(f".{REPORT_FILE}")
     staged.write_text(json.dumps(json.loads(path.read_text()) | facts, indent=2) + "\n")
     os.replace(staged, path)
+
+
+def write_curve(artefacts: Path, recipe: Recipe, learned: DataReport, fit: Fit) -> None:
+    """Draws how the loss fell into OUT.training, whole or not at all."""
+    rank = "" if recipe.saved_rank is None else f" r={recipe.rank}"
+    title = f"{recipe.out.name}: {recipe.method}{rank}, {learned.train.rows} rows, {fit.steps} steps"
+    staged = artefacts / f".{CURVE_FILE}"
+    draw_loss_curve(fit.losses, fit.evals, staged, title=title)
+    os.replace(staged, artefacts / CURVE_FILE)
 
 
 def _save(
@@ -153,7 +166,7 @@ def _canary(model: Any, base: Base, data: TrainingData, recipe: Recipe) -> tuple
     )
 
 
-def _save_artefacts(
+def _save_report(
     folder: Path,
     base: Base,
     data: TrainingData,
@@ -173,7 +186,3 @@ def _save_artefacts(
         "versions": installed_versions(),
     }
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
-    rank = "" if recipe.saved_rank is None else f" r={recipe.rank}"
-    learned = f"{data.report.train.rows} rows, {fit.steps} steps"
-    title = f"{recipe.out.name}: {recipe.method}{rank}, {learned}"
-    draw_loss_curve(fit.losses, fit.evals, folder / CURVE_FILE, title=title)

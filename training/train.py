@@ -4,7 +4,9 @@ Afterwards there are two folders, each of which appears complete or not at all:
 
 OUT            an adapter: adapter_config.json, adapter_model.safetensors, quickchange.json; of method full a
                model folder; and README.md, its model card
-OUT.training   how it came about: training.json, loss.png, TensorBoard's event files
+OUT.training   how it came about: training.json, TensorBoard's event files
+
+At last, whether an upload succeeded or not, OUT.training gets loss.png.
 """
 
 import logging
@@ -31,7 +33,7 @@ from training.fitting import Fit, fit
 from training.footprint import Footprint
 from training.foresight import MemoryReport, compared, foresee
 from training.notices import notices
-from training.outcome import add_to_report, write_outcome
+from training.outcome import add_to_report, write_curve, write_outcome
 from training.products import name_of, products_dtype
 from training.promotion import Promotion, promote, promotion_cases
 from training.publish import Resident, check_resident, publish_adapter, resident_at
@@ -105,7 +107,10 @@ def train(
         since_step = Stopwatch()
         result = _run(recipe, base, run, stop or threading.Event(), said, since_step, progress, on_data)
         run.finished()
-    result = replace(result, published=_publish(recipe, result.artefacts, since_step, progress))
+    try:
+        result = replace(result, published=_publish(recipe, result.artefacts, since_step, progress))
+    finally:  # whether the server took it or not
+        write_curve(result.artefacts, recipe, result.data, result.fit)
     return replace(result, promotion=_promote(recipe, base, result, cases, progress))
 
 
