@@ -3,15 +3,17 @@
 Recorded on the base it was trained on, in float32 products; then once more as bfloat16 has it, to see how far
 rounding alone moves an answer, and without the adapter, to see that the probes would notice its absence.
 
-All prompts go through the model together, padded on the left: until this is done nobody has the adapter.
+Until this is done nobody has the adapter. What the data goes on with after a prompt is the draft of its
+answer: what was learned needs only be verified.
 
-P prompts, T tokens of the longest prompt and answer, N tokens of an answer, V vocabulary.
+P prompts, N tokens of an answer, V vocabulary.
 """
 
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 from peft import PeftModel
@@ -19,10 +21,9 @@ from torch import Tensor
 
 from adapters.base import Base
 from adapters.canary import MAX_NOISE, Canary, Probe, Step
-from training.attaching import takes_logits_to_keep
-from training.batches import left_padded
+from training.continuing import Tokens, answers_logits, greedy_answers_logprobs, logprobs
 from training.encoding import Example
-from training.products import products_in
+from training.products import bfloat16_everywhere, products_in
 
 log = logging.getLogger(__name__)
 
@@ -35,39 +36,65 @@ BFLOAT16_NOISE: Final = 0.4
 """At least this is taken where activations are bfloat16 already and hide their noise; measured elsewhere."""
 
 
-def probe_prompts(
-    examples: Sequence[Example], count: int, *, max_context_tokens: int
-) -> list[tuple[int, ...]]:
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What prompts may be answered with, as far as anything is known of that. It saves time, decides nothing.
+
+    Attributes:
+        answers: of each prompt, of any length.
+        bare_PNV: logits that the base without an adapter has at their positions; None if they are not known.
+    """
+
+    answers: Sequence[Tokens]
+    bare_PNV: Tensor | None = None
+
+
+def probe_prompts(examples: Sequence[Example], count: int, *, max_context_tokens: int) -> list[Tokens]:
     """Beginnings of examples from all over the data: what precedes the answer, or half if all is learned."""
     limit = min(MAX_PROMPT_TOKENS, max_context_tokens - ANSWER_TOKENS - 1)
     if limit < 1:
         return []
+    return [example.token_ids[: min(_beginning(example), limit)] for example in _spread(examples, count)]
+
+
+def probe_drafts(examples: Sequence[Example], prompts: Sequence[Tokens]) -> list[Tokens]:
+    """What the examples go on with after each of their `probe_prompts`; nothing after the end of one."""
+    return [
+        example.token_ids[len(prompt) : len(prompt) + ANSWER_TOKENS]
+        for example, prompt in zip(_spread(examples, len(prompts)), prompts, strict=True)
+    ]
+
+
+def _spread(examples: Sequence[Example], count: int) -> list[Example]:
     count = min(count, len(examples))
-    chosen = [examples[index * len(examples) // count] for index in range(count)]
-    return [example.token_ids[: min(_beginning(example), limit)] for example in chosen]
+    return [examples[index * len(examples) // count] for index in range(count)]
 
 
 def _beginning(example: Example) -> int:
     return example.learned_from if example.learned_from > 1 else max(1, len(example.token_ids) // 2)
 
 
-def record_canary(model: PeftModel, base: Base, prompts: Sequence[tuple[int, ...]]) -> Canary | None:
+def record_canary(
+    model: PeftModel, base: Base, prompts: Sequence[Tokens], draft: Draft | None = None
+) -> Canary | None:
     """What the adapter on the model answers to the prompts; None if there are none, or it is all noise.
 
     Args:
         model: the base with the trained adapter; left in evaluation mode.
         prompts: token ids, each with room for ANSWER_TOKENS more in the context.
+        draft: of their answers.
     """
     if not prompts:
         return None
+    draft = draft or Draft([()] * len(prompts))
     model.eval()
     with torch.no_grad(), products_in(base, torch.float32):
-        answers = _greedy(model, base, prompts)
-        reference = _logprobs(model, base, prompts, answers)
+        answers, reference = greedy_answers_logprobs(model, base, prompts, draft.answers, ANSWER_TOKENS)
         noise = _noise(model, base, prompts, answers, reference)
-        with model.disable_adapter():
-            bare = _logprobs(model, base, prompts, answers)
-    distance = _distance(reference, bare)
+        bare_PNV = draft.bare_PNV
+        if bare_PNV is None or answers != draft.answers:
+            bare_PNV = bare_logits(model, base, prompts, answers)
+    distance = _distance(reference, logprobs(bare_PNV))
     if not (noise <= MAX_NOISE and math.isfinite(distance)):  # NaN fails too
         log.warning("the adapter's answers move by %g with rounding alone: no canary is recorded", noise)
         return None
@@ -84,46 +111,23 @@ def record_canary(model: PeftModel, base: Base, prompts: Sequence[tuple[int, ...
     )
 
 
+def bare_logits(model: PeftModel, base: Base, prompts: Sequence[Tokens], answers: Sequence[Tokens]) -> Tensor:
+    """[P, N, V] of the answers' positions without the adapter; no step of a training changes them."""
+    with model.disable_adapter():
+        return answers_logits(base.model, base, prompts, answers)
+
+
 def _noise(
     model: PeftModel,
     base: Base,
-    prompts: Sequence[tuple[int, ...]],
-    answers: Sequence[tuple[int, ...]],
+    prompts: Sequence[Tokens],
+    answers: Sequence[Tokens],
     reference: Tensor,
 ) -> float:
-    with torch.autocast(base.device.type, dtype=torch.bfloat16):
-        rounded = _logprobs(model, base, prompts, answers)
+    with bfloat16_everywhere(base):
+        rounded = logprobs(answers_logits(model, base, prompts, answers))
     noise = _distance(reference, rounded)
     return noise if base.dtype == torch.float32 else max(noise, BFLOAT16_NOISE)
-
-
-def _greedy(model: Any, base: Base, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The likeliest continuation of each, past whatever would end an answer."""
-    inputs, cache = left_padded(prompts, base.device), None
-    mask_PT, position_P1 = inputs["attention_mask"], inputs["position_ids"][:, -1:]
-    tokens: list[Tensor] = []
-    for _ in range(ANSWER_TOKENS):
-        out = model(**inputs, **_kept(base, 1), past_key_values=cache, use_cache=True)
-        tokens.append(out.logits[:, -1].argmax(dim=-1, keepdim=True))
-        cache, position_P1 = out.past_key_values, position_P1 + 1
-        mask_PT = torch.cat([mask_PT, torch.ones_like(position_P1)], dim=1)
-        inputs = {"input_ids": tokens[-1], "attention_mask": mask_PT, "position_ids": position_P1}
-    return [tuple(answer) for answer in torch.cat(tokens, dim=1).tolist()]
-
-
-def _logprobs(
-    model: Any, base: Base, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]
-) -> Tensor:
-    """[P, N, V] of the answers' positions, in one pass over prompts and answers."""
-    whole = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
-    kept = _kept(base, ANSWER_TOKENS)
-    logits_PTV = model(**left_padded(whole, base.device), **kept, use_cache=False).logits
-    return torch.log_softmax(logits_PTV[:, -ANSWER_TOKENS:].double().cpu(), dim=-1)
-
-
-def _kept(base: Base, columns: int) -> dict[str, int]:
-    """Logits of the last columns alone, where the model can leave out the others."""
-    return {"logits_to_keep": columns} if takes_logits_to_keep(base.model) else {}
 
 
 def _distance(reference_PNV: Tensor, other_PNV: Tensor) -> float:
@@ -132,7 +136,7 @@ def _distance(reference_PNV: Tensor, other_PNV: Tensor) -> float:
     return float((other_PNV.gather(2, ids_PNK) - values_PNK).abs().max())
 
 
-def _probe(prompt: tuple[int, ...], answer: tuple[int, ...], logprobs_NV: Tensor) -> Probe:
+def _probe(prompt: Tokens, answer: Tokens, logprobs_NV: Tensor) -> Probe:
     values_NK, ids_NK = logprobs_NV.topk(ALTERNATIVES)
     steps = (
         Step(token, tuple((i, round(value, _DIGITS)) for i, value in zip(ids, values, strict=True)))

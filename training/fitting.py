@@ -29,6 +29,7 @@ from training.products import is_autocast, name_of
 from training.prompts import TrailingPads
 from training.recipe import Recipe
 from training.recorder import TENSORBOARD, Recorder, evals, event_writer, losses
+from training.rehearsal import Rehearsal
 from training.shared_prefix import SharedPrefixCollator, can_share
 from training.stopwatch import Stopwatch
 from training.unfinished import CHECKPOINTS_KEPT, UnfinishedRun
@@ -82,12 +83,14 @@ def fit(
     progress: bool,
     stop: threading.Event,
     since_step: Stopwatch,
+    rehearsal: Rehearsal,
 ) -> Fit:
     """Trains what requires gradients, from the run's checkpoint on if it has one.
 
     Args:
         stop: set by whoever wants the run to end after its step, with a checkpoint.
         since_step: restarted after every step.
+        rehearsal: of the canary, before the last step.
 
     Raises:
         DivergedError: the loss is no number any more.
@@ -113,6 +116,7 @@ def fit(
             optimizers=(own_optimizer(model, arguments, recipe), None),
             callbacks=[
                 EpochCounter(order, _steps_per_epoch(recipe, data)), Recorder(progress, since_step),
+                rehearsal,
                 *trackers,
                 *([] if best is None else [best]), keeper,
             ],

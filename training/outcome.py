@@ -21,7 +21,7 @@ from adapters.canary import Canary
 from adapters.facts import AdapterFacts
 from adapters.files import BUNDLE_FILE
 from adapters.validate import validate_adapter
-from training.canary import probe_prompts, record_canary
+from training.canary import record_canary
 from training.curve import draw_loss_curve
 from training.data import TrainingData
 from training.data_report import DataReport
@@ -29,6 +29,7 @@ from training.fitting import Fit
 from training.model_card import Checked, write_model_card
 from training.provenance import origin_of
 from training.recipe import Recipe
+from training.rehearsal import Rehearsal, why_no_canary
 from training.saving import save_trained
 from training.stopwatch import Stopwatch
 from training.versions import installed_versions
@@ -64,6 +65,7 @@ def write_outcome(
     said: Sequence[str],
     events: Path,
     since_step: Stopwatch,
+    rehearsal: Rehearsal,
 ) -> Outcome:
     """Writes OUT.training, without the curve, and OUT.
 
@@ -72,6 +74,7 @@ def write_outcome(
         said: notices of this run.
         events: a folder of event files that moves into OUT.training, if it is there.
         since_step: is told what the time goes into.
+        rehearsal: of the canary.
     """
     artefacts = artefacts_folder(recipe.out)
     checks: list[tuple[AdapterFacts | None, Checked]] = []
@@ -82,7 +85,7 @@ def write_outcome(
             shutil.copytree(events, staged / events.name)
 
     def result(staged: Path) -> None:
-        checks.append(_save(model, base, data, recipe, fit, staged, since_step))
+        checks.append(_save(model, base, data, recipe, fit, staged, since_step, rehearsal))
         shutil.rmtree(artefacts, ignore_errors=True)  # of a run that ended before its result was there
         publish_folder(artefacts, report)
         since_step.lap("report")
@@ -118,11 +121,12 @@ def _save(
     fit: Fit,
     folder: Path,
     since_step: Stopwatch,
+    rehearsal: Rehearsal,
 ) -> tuple[AdapterFacts | None, Checked]:
     save_trained(model, base, recipe, folder)
     since_step.lap("save")
     origin = origin_of(recipe, base, data, fit)
-    canary, said = _canary(model, base, data, recipe)
+    canary, said = _canary(model, base, recipe, rehearsal)
     if recipe.kind.saved is not None:
         bundle = Bundle(
             base_fingerprint=base.fingerprint,
@@ -150,16 +154,12 @@ def _checked(folder: Path, base: Base, recipe: Recipe, canary: str) -> tuple[Ada
     return facts, Checked("passed", canary)
 
 
-def _canary(model: Any, base: Base, data: TrainingData, recipe: Recipe) -> tuple[Canary | None, str]:
-    """The canary, and what became of it; it is for servers that hold this base and apply this method."""
-    if recipe.kind.why_not_served is not None:
-        return None, f"left out: {recipe.kind.why_not_served}"
-    if not base.scheme.is_served:
-        return None, f"left out: no server holds a base in {base.scheme.name}"
-    if not recipe.canary_probes:
-        return None, "left out: canary_probes is 0"
-    prompts = probe_prompts(data.train, recipe.canary_probes, max_context_tokens=base.max_context_tokens)
-    canary = record_canary(model, base, prompts)
+def _canary(model: Any, base: Base, recipe: Recipe, rehearsal: Rehearsal) -> tuple[Canary | None, str]:
+    """The canary, and what became of it."""
+    why = why_no_canary(base, recipe)
+    if why is not None:
+        return None, f"left out: {why}"
+    canary = record_canary(model, base, rehearsal.prompts, rehearsal.draft)
     return (
         canary,
         "recorded" if canary is not None else "left out: its prompts or its noise leave nothing to compare",

@@ -39,6 +39,7 @@ from training.promotion import Promotion, promote, promotion_cases
 from training.publish import Resident, check_resident, publish_adapter, resident_at
 from training.recipe import WITHOUT_EFFECT, Recipe
 from training.recorder import check_trackers
+from training.rehearsal import Rehearsal
 from training.stopwatch import Stopwatch
 from training.unfinished import Start, UnfinishedRun
 
@@ -132,6 +133,7 @@ def _run(
     foreseen = foresee(recipe, base, data, products)
     footprint = Footprint.begin(base.device)
     set_seed(recipe.seed)
+    rehearsal = Rehearsal(base, data, recipe)
     with attached(base, recipe, products) as trainee:
         fitted = fit(
             trainee.model,
@@ -143,9 +145,12 @@ def _run(
             progress=progress,
             stop=stop,
             since_step=since_step,
+            rehearsal=rehearsal,
         )
         memory = compared(foreseen, footprint, fitted.peak_memory_bytes)
-        outcome = write_outcome(trainee.settled(), base, data, recipe, fitted, said, run.events, since_step)
+        outcome = write_outcome(
+            trainee.settled(), base, data, recipe, fitted, said, run.events, since_step, rehearsal
+        )
     add_to_report(outcome.artefacts, {"memory": asdict(memory)})
     return TrainingResult(recipe.out, outcome.artefacts, outcome.facts, data.report, fitted, memory, None)
 
