@@ -217,7 +217,11 @@ def _device(wanted: DeviceName) -> torch.device:
         raise UnsupportedBaseError(
             "device 'cuda' was asked for and there is none; use device 'auto' or 'cpu'"
         )
-    return torch.device("cuda", 0) if has_cuda and wanted != "cpu" else torch.device("cpu")
+    if not has_cuda or wanted == "cpu":
+        return torch.device("cpu")
+    return torch.device(
+        "cuda", torch.cuda.current_device()
+    )  # 0, but each process of a training run has its own
 
 
 def _kernels(wanted: KernelChoice, device: torch.device) -> Literal["native", "torch"]:

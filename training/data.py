@@ -32,8 +32,11 @@ class TrainingData:
     eval_sha256: str | None
 
 
-def prepare(recipe: Recipe, encoder: RowEncoder) -> TrainingData:
-    """Reads, splits and encodes the files of a recipe.
+def prepare(recipe: Recipe, encoder: RowEncoder, processes: int = 1) -> TrainingData:
+    """Reads, splits and encodes the files of a recipe; the same in each of several processes.
+
+    Args:
+        processes: that learn together, for the report.
 
     Raises:
         DataError: a file cannot be read, a row is malformed, or nothing is left to learn.
@@ -56,6 +59,8 @@ def prepare(recipe: Recipe, encoder: RowEncoder) -> TrainingData:
         held_out=side(held_out, measured, held_out_sequences) if held_out else None,
         duplicates=duplicates(rows),
         leakage=leakage(learned, held_out) if held_out else None,
+        processes=processes,
+        sequences_per_step=recipe.batch_size * recipe.gradient_accumulation * processes,
     )
     return TrainingData(
         train.examples,

@@ -93,6 +93,8 @@ class DataReport:
         rows: of the data, whether learned or held out.
         max_length: tokens of the longest sequence that is allowed.
         leakage: None if nothing is held out.
+        processes: that learn together.
+        sequences_per_step: of one optimizer step, over all its passes and processes.
     """
 
     rows: int
@@ -102,6 +104,8 @@ class DataReport:
     held_out: Side | None
     duplicates: Duplicates
     leakage: Leakage | None
+    processes: int
+    sequences_per_step: int
 
 
 def side(rows: Sequence[Row], encoded: Encoded, sequences: Sequence[Pack]) -> Side:
@@ -178,6 +182,11 @@ def report_lines(report: DataReport) -> Iterator[str]:
     yield from _side_lines("learned", report.train, report)
     if report.held_out is not None:
         yield from _side_lines("held out", report.held_out, report)
+    if report.processes > 1:
+        yield (
+            f"{'each step':<9} {report.sequences_per_step} sequences, "
+            f"{report.sequences_per_step // report.processes} in each of {report.processes} processes"
+        )
     yield from _histogram_lines(report)
     yield from _length_lines(report)
     yield from _repetition_lines(report)

@@ -9,7 +9,9 @@ TrainingError
 ├── PublishError     the server refuses the adapter, or would refuse it
 ├── EvaluationError  a question is refused, or the server goes away while it is asked
 ├── ShortOfMemoryError  less memory is free than the run would take
-└── StudyError       a study's settings are impossible, or its folder is another study's
+├── StudyError       a study's settings are impossible, or its folder is another study's
+├── ElsewhereError   another process of the run failed, and said why
+└── ProcessLostError another process of the run is gone
 """
 
 
@@ -51,3 +53,11 @@ class ShortOfMemoryError(TrainingError):
 
 class StudyError(TrainingError):
     """A study's settings are impossible, or its folder is another study's."""
+
+
+class ElsewhereError(TrainingError):
+    """Another process of the run failed; the message is its own."""
+
+
+class ProcessLostError(TrainingError):
+    """Another process of the run is gone without a word."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.generic import is_flash_attention_requested
@@ -19,18 +19,20 @@ from training.attaching import takes_logits_to_keep
 from training.batches import Collator, PackCollator, Sequences, SequenceTrainer
 from training.curve import EvalPoint, LossPoint
 from training.data import TrainingData
-from training.errors import StoppedError
+from training.errors import RecipeError, StoppedError
 from training.footprint import peak_bytes
 from training.keeping import BestKeeper, CheckpointKeeper
 from training.noise import noisy_embeddings
 from training.optimizers import optimizer_name, own_optimizer
 from training.order import EpochCounter, LengthBuckets
+from training.processes import Processes
 from training.products import is_autocast, name_of
 from training.prompts import TrailingPads
 from training.recipe import Recipe
 from training.recorder import TENSORBOARD, Recorder, evals, event_writer, losses
 from training.rehearsal import Rehearsal
 from training.shared_prefix import SharedPrefixCollator, can_share
+from training.sharing import shares_of
 from training.stopwatch import Stopwatch
 from training.unfinished import CHECKPOINTS_KEPT, UnfinishedRun
 
@@ -43,10 +45,12 @@ class Fit:
 
     Attributes:
         tokens: that went through the model, padding not counted.
-        seconds: of optimization alone, without loading and saving; over all processes of the run.
-        peak_memory_bytes: on CUDA of its allocator, on a CPU of the whole process; training/footprint.py.
+        seconds: of optimization alone, without loading and saving; those before a kill count too.
+        peak_memory_bytes: of the main process; on CUDA of its allocator, on a CPU of the whole process;
+            training/footprint.py.
         best_step: whose weights the adapter has, with early stopping; None: the last step's.
         resumed_at: the step of the checkpoint that the run went on from; None if it ran through.
+        peak_memory_bytes_by_process: peak_memory_bytes of every process of the run, by rank.
     """
 
     steps: int
@@ -60,6 +64,7 @@ class Fit:
     evals: tuple[EvalPoint, ...]
     best_step: int | None = None
     resumed_at: int | None = None
+    peak_memory_bytes_by_process: tuple[int, ...] = ()
 
     @property
     def tokens_per_s(self) -> float:
@@ -79,6 +84,7 @@ def fit(
     recipe: Recipe,
     products: torch.dtype,
     run: UnfinishedRun,
+    processes: Processes,
     *,
     progress: bool,
     stop: threading.Event,
@@ -94,19 +100,21 @@ def fit(
 
     Raises:
         DivergedError: the loss is no number any more.
-        StoppedError: `stop` was set.
+        StoppedError: `stop` was set, in this process or another.
+        ProcessLostError: another process is gone.
+        RecipeError: the model's loss cannot be divided among processes.
     """
-    keeper = CheckpointKeeper(run, recipe.checkpoint_every_s, stop)
+    keeper = CheckpointKeeper(run, recipe.checkpoint_every_s, stop, processes)
     best = None
     if recipe.early_stopping is not None:
         best = BestKeeper(recipe.early_stopping, run.checkpoint)
     order = LengthBuckets(
         [sum(len(example.token_ids) for example in pack) for pack in data.sequences],
-        rows_per_step=recipe.batch_size * recipe.gradient_accumulation,
+        rows_per_step=recipe.batch_size * recipe.gradient_accumulation * processes.count,
         seed=recipe.seed,
     )
-    with _tracked(recipe, run) as trackers, noisy_embeddings(base.model, recipe.neftune_alpha):
-        arguments = _arguments(recipe, base, data, products, run.folder)
+    with _tracked(recipe, run, processes) as trackers, noisy_embeddings(base.model, recipe.neftune_alpha):
+        arguments = _arguments(recipe, base, data, products, run.folder, processes)
         trainer = _OrderedTrainer(
             model=model,
             args=arguments,
@@ -115,17 +123,26 @@ def fit(
             data_collator=_collator(base, data, recipe),
             optimizers=(own_optimizer(model, arguments, recipe), None),
             callbacks=[
-                EpochCounter(order, _steps_per_epoch(recipe, data)), Recorder(progress, since_step),
+                EpochCounter(order, _steps_per_epoch(recipe, data, processes)),
+                Recorder(progress, since_step),
                 rehearsal,
                 *trackers,
                 *([] if best is None else [best]), keeper,
             ],
         )  # fmt: skip
-        trainer.order = order
+        trainer.order, trainer.processes = order, processes
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(run.checkpoint.folder) if run.checkpoint else None)
+        _check_divisible(trainer, base)
+        if not processes.is_main:
+            set_seed(recipe.seed + processes.rank)  # noise of its own; the weights are there, and the same
+        with processes.connected():
+            trainer.train(resume_from_checkpoint=str(run.checkpoint.folder) if run.checkpoint else None)
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast was for training alone
-    _check_not_stopped(trainer, stop, best)
+    if keeper.stopped and not (best and best.stopped_early):
+        raise StoppedError(
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; --resume goes on "
+            "from there"
+        )
     best_step = None if best is None else best.restore(model)
     history = trainer.state.log_history
     return Fit(
@@ -140,41 +157,81 @@ def fit(
         evals=evals(history),
         best_step=best_step,
         resumed_at=None if run.checkpoint is None else run.checkpoint.step,
+        peak_memory_bytes_by_process=tuple(processes.gathered(peak_bytes(base.device))),
     )
 
 
 class _OrderedTrainer(SequenceTrainer):
-    """Learns rows in the order given: a Trainer's own depends on what the process drew before."""
+    """Learns rows in the order given: a Trainer's own depends on what the process drew before.
+
+    Of several processes each computes its share of a batch, and no row twice: transformers would fill the
+    last batch with rows of the first.
+    """
 
     order: LengthBuckets
+    processes: Processes
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthBuckets:
         return self.order
 
+    def get_train_dataloader(self) -> Any:
+        if self.processes.count == 1:
+            return super().get_train_dataloader()
+        return self._shares(self.train_dataset, self.order, self.args.per_device_train_batch_size)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        if self.processes.count == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._shares(rows, range(len(rows)), self.args.per_device_eval_batch_size)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """The loss is that of the batch of all, so that each process has it for each of its rows."""
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        if self.processes.count > 1:
+            loss = self.accelerator.reduce(loss, reduction="mean")
+        return loss, logits, labels
+
+    def _shares(self, rows: Any, order: LengthBuckets | range, batch_size: int) -> Any:
+        return shares_of(
+            rows,
+            order,
+            self.data_collator,
+            batch_size,
+            self.processes,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+
+def _check_divisible(trainer: _OrderedTrainer, base: Base) -> None:
+    """A mean over each process' tokens would weigh a token by how many others its process has."""
+    if trainer.processes.count > 1 and not trainer.model_accepts_loss_kwargs:
+        raise RecipeError(
+            f"the loss of {base.name} ({base.model.config.model_type}) is a mean over a batch, which several "
+            "processes cannot divide; train with one"
+        )
+
 
 @contextmanager
-def _tracked(recipe: Recipe, run: UnfinishedRun) -> Iterator[list[TrainerCallback]]:
+def _tracked(recipe: Recipe, run: UnfinishedRun, processes: Processes) -> Iterator[list[TrainerCallback]]:
     """The callbacks of TensorBoard; other trackers are made by the Trainer from their names."""
-    if TENSORBOARD not in recipe.trackers:
+    if TENSORBOARD not in recipe.trackers or not processes.is_main:
         yield []
         return
     with closing(event_writer(run.events, 1 + (run.checkpoint.step if run.checkpoint else 0))) as writer:
         yield [TensorBoardCallback(writer)]
 
 
-def _check_not_stopped(trainer: SequenceTrainer, stop: threading.Event, best: BestKeeper | None) -> None:
-    state = trainer.state
-    if stop.is_set() and state.global_step < state.max_steps and not (best and best.stopped_early):
-        raise StoppedError(
-            f"stopped after step {state.global_step} of {state.max_steps}; --resume goes on from there"
-        )
-
-
 def _arguments(
-    recipe: Recipe, base: Base, data: TrainingData, products: torch.dtype, folder: Path
+    recipe: Recipe,
+    base: Base,
+    data: TrainingData,
+    products: torch.dtype,
+    folder: Path,
+    processes: Processes,
 ) -> TrainingArguments:
     on_cpu = base.device.type == "cpu"
-    steps_per_epoch = _steps_per_epoch(recipe, data)
+    steps_per_epoch = _steps_per_epoch(recipe, data, processes)
     steps = recipe.max_steps or math.ceil(recipe.epochs * steps_per_epoch)
     return TrainingArguments(
         output_dir=str(folder),
@@ -207,11 +264,13 @@ def _arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,  # each batch goes through all that is trained
     )
 
 
-def _steps_per_epoch(recipe: Recipe, data: TrainingData) -> int:
-    return math.ceil(math.ceil(len(data.sequences) / recipe.batch_size) / recipe.gradient_accumulation)
+def _steps_per_epoch(recipe: Recipe, data: TrainingData, processes: Processes) -> int:
+    batches = math.ceil(len(data.sequences) / (recipe.batch_size * processes.count))
+    return math.ceil(batches / recipe.gradient_accumulation)
 
 
 def _collator(

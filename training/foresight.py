@@ -47,8 +47,13 @@ class MemoryReport:
     how: str
 
 
-def foresee(recipe: Recipe, base: Base, data: TrainingData, products: torch.dtype) -> Memory:
-    """The predicted peak of a run.
+def foresee(
+    recipe: Recipe, base: Base, data: TrainingData, products: torch.dtype, processes: int = 1
+) -> Memory:
+    """The predicted peak of a run, in each of its processes.
+
+    Args:
+        processes: on a CPU they share what is free; on CUDA each has a device of its own.
 
     Raises:
         ShortOfMemoryError: less is free than the run would add, and the recipe does not say to go on.
@@ -58,12 +63,13 @@ def foresee(recipe: Recipe, base: Base, data: TrainingData, products: torch.dtyp
     work = planned_step(
         recipe,
         shape,
-        heaviest_rows(data, recipe, shape),
+        heaviest_rows(data, recipe, shape, processes),
         "cuda" if cuda else "cpu",
         product_bytes=products.itemsize,
         heap_keeps=not cuda and heap_keeps_blocks(),
     )
-    memory, free = predict_memory(shape, work), free_bytes(base.device)
+    memory = predict_memory(shape, work)
+    free = free_bytes(base.device) // (1 if cuda else processes)
     if memory.added_bytes > free and not recipe.exceed_memory:
         whole = free + memory.total_bytes - memory.added_bytes
         proposal = propose(shape, work, Device("here", work.place, whole, _RATE, None, True))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from training.processes import Processes
 from training.unfinished import Checkpoint, UnfinishedRun
 
 _BEST_FILE: Final = "best.safetensors"
@@ -51,7 +52,7 @@ class BestKeeper(TrainerCallback):  # type: ignore[misc]  # transformers is not 
             self.stopped_early = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._best:
+        if self._best and state.is_world_process_zero:
             facts = {"loss": self._best_loss, "step": self._best_step, "fruitless": self._fruitless}
             save_file(self._best, _folder(args, state) / _BEST_FILE, {k: repr(v) for k, v in facts.items()})
 
@@ -80,12 +81,19 @@ class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]  # transformers i
     Must come after every callback that adds to a checkpoint.
 
     Args:
-        every_s: seconds of training between two; 0 for none but at a stop.
-        stop: set by whoever wants the run to end after its step, with a checkpoint.
+        every_s: seconds of training between two, by the main process' clock; 0 for none but at a stop.
+        stop: set by whoever wants the run to end after its step, with a checkpoint; in any of the processes.
+
+    Attributes:
+        stopped: whether it ended so.
     """
 
-    def __init__(self, run: UnfinishedRun, every_s: float, stop: threading.Event) -> None:
+    def __init__(
+        self, run: UnfinishedRun, every_s: float, stop: threading.Event, processes: Processes
+    ) -> None:
+        self.stopped = False
         self._run = run
+        self._processes = processes
         self._every_s = every_s
         self._stop = stop
         self._before_s = run.checkpoint.seconds if run.checkpoint is not None else 0.0
@@ -102,14 +110,17 @@ class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]  # transformers i
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         last = state.global_step >= state.max_steps
-        if self._stop.is_set() and not last:
-            control.should_training_stop = control.should_save = True
+        passed = self._processes.is_main and time.perf_counter() - self._saved_s >= self._every_s
+        stop, due = self._processes.any_of(self._stop.is_set(), passed)
+        if stop and not last:
+            self.stopped = control.should_training_stop = control.should_save = True
         elif self._every_s:  # a run long enough for a checkpoint has one of its end too: writing may fail
-            due = time.perf_counter() - self._saved_s >= self._every_s
             control.should_save = control.should_save or (self._saved if last else due)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._run.complete(state.global_step, self.seconds)
+        self._processes.wait()  # each writes the state of its own random numbers
+        if self._processes.is_main:
+            self._run.complete(state.global_step, self.seconds)
         self._saved_s = time.perf_counter()
         self._saved = True
 

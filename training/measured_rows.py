@@ -41,18 +41,23 @@ def measured_rows(recipe: Recipe, shape: ModelShape, folder: Path) -> Rows:
     return heaviest_rows(prepare(recipe, encoder), recipe, shape)
 
 
-def heaviest_rows(data: TrainingData, recipe: Recipe, shape: ModelShape) -> Rows:
-    """Of the batches that will be learned, in their own order, the one with the most to keep."""
-    shapes = (_batch(packs, recipe, shape) for packs in _batches(data, recipe))
+def heaviest_rows(data: TrainingData, recipe: Recipe, shape: ModelShape, processes: int = 1) -> Rows:
+    """Of the batches that will be learned, in their own order, the one with the most to keep.
+
+    Args:
+        processes: that learn together; any of them may get that batch.
+    """
+    shapes = (_batch(packs, recipe, shape) for packs in _batches(data, recipe, processes))
     longest, kept, shared = max(shapes, key=lambda found: found[0] * shape.layers + found[1])
     return Rows(longest, kept, shared, sum(map(_tokens, data.sequences)), len(data.sequences))
 
 
-def _batches(data: TrainingData, recipe: Recipe) -> Iterator[list[Pack]]:
+def _batches(data: TrainingData, recipe: Recipe, processes: int) -> Iterator[list[Pack]]:
     """Those of the first epochs, up to max_steps."""
     lengths = [_tokens(pack) for pack in data.sequences]
-    order = LengthBuckets(lengths, recipe.batch_size * recipe.gradient_accumulation, recipe.seed)
-    left = None if recipe.max_steps is None else recipe.max_steps * recipe.gradient_accumulation
+    passes = recipe.gradient_accumulation * processes
+    order = LengthBuckets(lengths, recipe.batch_size * passes, recipe.seed)
+    left = None if recipe.max_steps is None else recipe.max_steps * passes
     for epoch in range(min(_EPOCHS_LOOKED_AT, math.ceil(recipe.epochs))):
         order.epoch = epoch
         indices = list(order)[: None if left is None else left * recipe.batch_size]

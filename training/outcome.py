@@ -178,6 +178,7 @@ def _save_report(
     report = {
         "format": 1,
         "recipe": recipe.to_mapping(),
+        "processes": data.report.processes,
         "base": {"name": base.name, "fingerprint": base.fingerprint, "quantization": base.quantization},
         "data": asdict(data.report) | {"sha256": data.sha256, "eval_sha256": data.eval_sha256},
         "fit": asdict(fit) | {"tokens_per_s": fit.tokens_per_s, "final_loss": fit.final_loss},

@@ -11,7 +11,7 @@ At last, whether an upload succeeded or not, OUT.training gets loss.png.
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -33,7 +33,8 @@ from training.fitting import Fit, fit
 from training.footprint import Footprint
 from training.foresight import MemoryReport, compared, foresee
 from training.notices import notices
-from training.outcome import add_to_report, write_curve, write_outcome
+from training.outcome import add_to_report, artefacts_folder, write_curve, write_outcome
+from training.processes import Processes, joined
 from training.products import name_of, products_dtype
 from training.promotion import Promotion, promote, promotion_cases
 from training.publish import Resident, check_resident, publish_adapter, resident_at
@@ -41,7 +42,7 @@ from training.recipe import WITHOUT_EFFECT, Recipe
 from training.recorder import check_trackers
 from training.rehearsal import Rehearsal
 from training.stopwatch import Stopwatch
-from training.unfinished import Start, UnfinishedRun
+from training.unfinished import Start, UnfinishedRun, opened_run
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,10 @@ def train(
 ) -> TrainingResult:
     """Trains by the recipe's method and writes what comes of it to recipe.out.
 
+    Called in each of the processes that `accelerate launch` started, they train together: every one computes
+    its share, the main one writes, publishes and shows progress, and all return or raise alike. What only the
+    main one knows is None in the others' results.
+
     Args:
         base: loaded with purpose="train", as the recipe wants it, so that several runs can share it; None
             loads recipe.base. It is given back as it was.
@@ -98,27 +103,35 @@ def train(
         BaseModelError: the base cannot be loaded.
         FileExistsError: recipe.out exists.
     """
+    processes = joined(recipe.device)
+    progress = progress and processes.is_main
+    resident, cases = processes.alone(lambda: _preflight(recipe)) or (None, [])
+    with opened_run(recipe.out, start, processes) as run:
+        loaded = processes.together(lambda: base or _load(recipe, progress))
+        said = processes.together(lambda: _checked(recipe, loaded, resident))
+        _tell(said if processes.is_main else [])
+        since_step = Stopwatch()
+        stop = stop or threading.Event()
+        result = _run(recipe, loaded, run, processes, stop, said, since_step, progress, on_data)
+        run.finished()
+    published = processes.alone(lambda: _published(recipe, result, since_step, progress))
+    result = replace(result, published=published)
+    promotion = processes.alone(lambda: _promote(recipe, loaded, result, cases, progress))
+    return replace(result, promotion=promotion)
+
+
+def _preflight(recipe: Recipe) -> tuple[Resident | None, list[Case]]:
+    """What can be refused before anything is loaded; the server to publish to, the rows that decide there."""
     _check_out(recipe)
     check_trackers(recipe.trackers)
-    resident = resident_at(recipe)
-    cases = promotion_cases(recipe)
-    with UnfinishedRun(recipe.out, start) as run:
-        base = base or _load(recipe, progress)
-        said = _checked(recipe, base, resident)
-        since_step = Stopwatch()
-        result = _run(recipe, base, run, stop or threading.Event(), said, since_step, progress, on_data)
-        run.finished()
-    try:
-        result = replace(result, published=_publish(recipe, result.artefacts, since_step, progress))
-    finally:  # whether the server took it or not
-        write_curve(result.artefacts, recipe, result.data, result.fit)
-    return replace(result, promotion=_promote(recipe, base, result, cases, progress))
+    return resident_at(recipe), promotion_cases(recipe)
 
 
 def _run(
     recipe: Recipe,
     base: Base,
     run: UnfinishedRun,
+    processes: Processes,
     stop: threading.Event,
     said: list[str],
     since_step: Stopwatch,
@@ -126,11 +139,14 @@ def _run(
     on_data: Callable[[DataReport], None],
 ) -> TrainingResult:
     """Everything from the first row to the result on disk."""
-    data = prepare(recipe, _encoder(recipe, base))
-    on_data(data.report)
-    products = _products(recipe, base, run)
-    run.identify(_identity(recipe, base, data, products))
-    foreseen = foresee(recipe, base, data, products)
+    data = processes.together(lambda: prepare(recipe, _encoder(recipe, base), processes.count))
+    if processes.is_main:
+        on_data(data.report)
+    products = processes.from_main(_products(recipe, base, run))
+    identity = _identity(recipe, base, data, products, processes)
+    processes.together(lambda: _check_alike(processes.gathered(identity)))
+    processes.alone(lambda: run.identify(identity))
+    foreseen = processes.together(lambda: foresee(recipe, base, data, products, processes.count))
     footprint = Footprint.begin(base.device)
     set_seed(recipe.seed)
     rehearsal = Rehearsal(base, data, recipe)
@@ -142,17 +158,28 @@ def _run(
             recipe,
             products,
             run,
+            processes,
             progress=progress,
             stop=stop,
             since_step=since_step,
             rehearsal=rehearsal,
         )
         memory = compared(foreseen, footprint, fitted.peak_memory_bytes)
-        outcome = write_outcome(
-            trainee.settled(), base, data, recipe, fitted, said, run.events, since_step, rehearsal
+        outcome = processes.alone(
+            lambda: write_outcome(
+                trainee.settled(), base, data, recipe, fitted, said, run.events, since_step, rehearsal
+            )
         )
-    add_to_report(outcome.artefacts, {"memory": asdict(memory)})
-    return TrainingResult(recipe.out, outcome.artefacts, outcome.facts, data.report, fitted, memory, None)
+    processes.alone(lambda: add_to_report(artefacts_folder(recipe.out), {"memory": asdict(memory)}))
+    return TrainingResult(
+        out=recipe.out,
+        artefacts=artefacts_folder(recipe.out),
+        facts=None if outcome is None else outcome.facts,
+        data=data.report,
+        fit=fitted,
+        memory=memory,
+        published=None,
+    )
 
 
 def _checked(recipe: Recipe, base: Base, resident: Resident | None) -> list[str]:
@@ -161,10 +188,12 @@ def _checked(recipe: Recipe, base: Base, resident: Resident | None) -> list[str]
     check_attachable(base, recipe)
     if resident is not None:
         check_resident(recipe, resident, base)
-    said = notices(recipe, base)
+    return notices(recipe, base)
+
+
+def _tell(said: Sequence[str]) -> None:
     for notice in said:
         log.warning(notice)
-    return said
 
 
 def _products(recipe: Recipe, base: Base, run: UnfinishedRun) -> torch.dtype:
@@ -173,7 +202,9 @@ def _products(recipe: Recipe, base: Base, run: UnfinishedRun) -> torch.dtype:
     return products_dtype(recipe, base) if recorded is None else getattr(torch, recorded)
 
 
-def _identity(recipe: Recipe, base: Base, data: TrainingData, products: torch.dtype) -> dict[str, Any]:
+def _identity(
+    recipe: Recipe, base: Base, data: TrainingData, products: torch.dtype, processes: Processes
+) -> dict[str, Any]:
     """What must be the same for a run to go on: all that its losses depend on."""
     settings = {name: value for name, value in recipe.to_mapping().items() if name not in WITHOUT_EFFECT}
     return settings | {
@@ -181,7 +212,19 @@ def _identity(recipe: Recipe, base: Base, data: TrainingData, products: torch.dt
         "data": data.sha256,
         "eval_data": data.eval_sha256,
         "products": name_of(products),
+        "processes": processes.count,
     }
+
+
+def _check_alike(identities: Sequence[dict[str, Any]]) -> None:
+    """Raises RecipeError if the processes of a run would not learn the same from the same."""
+    for rank, other in enumerate(identities):
+        for name, value in identities[0].items():
+            if other[name] != value:
+                raise RecipeError(
+                    f"process {rank} has {name} {other[name]!r}, process 0 {value!r}; launch all with the "
+                    "same recipe and files"
+                )
 
 
 def examine(recipe: Recipe, progress: bool = True) -> DataReport:
@@ -232,6 +275,16 @@ def _encoder(recipe: Recipe, text: Base | BaseText) -> RowEncoder:
         loss_on=recipe.loss_on,
         on_too_long=recipe.on_too_long,
     )
+
+
+def _published(
+    recipe: Recipe, result: TrainingResult, since_step: Stopwatch, progress: bool
+) -> str | None:
+    """Publishes, if that is wanted, and only then draws the curve: whether the server took it or not."""
+    try:
+        return _publish(recipe, result.artefacts, since_step, progress)
+    finally:
+        write_curve(result.artefacts, recipe, result.data, result.fit)
 
 
 def _publish(recipe: Recipe, artefacts: Path, since_step: Stopwatch, progress: bool) -> str | None:

@@ -4,7 +4,7 @@ Knows no model and no data. A run that is killed at any moment leaves checkpoint
 does not count; a run that ends well leaves no such folder.
 
 OUT.unfinished/run.json        what must stay the same for the run to go on
-OUT.unfinished/lock            held by the process that works on it
+OUT.unfinished/lock            held by the process that works on it, of several the main one
 OUT.unfinished/checkpoint-N/   after N steps, as transformers' Trainer writes it; whole once it has whole.json
 OUT.unfinished/tensorboard/    event files
 """
@@ -20,6 +20,7 @@ from typing import Any, Final, Literal
 from adapters.cache import flush_tree
 from adapters.durable import replace_text, sync_folder, try_lock
 from training.errors import CheckpointError
+from training.processes import Processes
 
 Start = Literal["new", "resume", "restart"]
 """What a run does with a checkpoint that an earlier one left: refuse, go on from it, or remove it."""
@@ -148,6 +149,32 @@ class UnfinishedRun:
                 shutil.rmtree(path)
             elif path.name != _LOCK_FILE:
                 path.unlink()
+
+
+class FollowedRun(UnfinishedRun):
+    """The folder as the other processes of the run see it: read, and left to the main one.
+
+    Args:
+        checkpoint: that the main process goes on from.
+    """
+
+    def __init__(self, out: Path, checkpoint: Checkpoint | None) -> None:
+        self.folder = unfinished_folder(out)
+        self.checkpoint = checkpoint
+
+    def __exit__(self, *_: object) -> None:
+        """The main process keeps or removes it."""
+
+
+def opened_run(out: Path, start: Start, processes: Processes) -> UnfinishedRun:
+    """The run, held by the main process and followed by the others.
+
+    Raises:
+        CheckpointError: as UnfinishedRun; in the others ElsewhereError.
+    """
+    held = processes.alone(lambda: UnfinishedRun(out, start))
+    checkpoint = processes.from_main(None if held is None else held.checkpoint)
+    return FollowedRun(out, checkpoint) if held is None else held
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:

@@ -10,12 +10,14 @@ from quickchange.commands.failure import DIVERGED, MISUSED, STOPPED, CommandErro
 from quickchange.commands.interruptible import stop_on_signals
 from quickchange.commands.options import add_command, add_json_option, add_progress_option, progress_of
 from quickchange.commands.output import print_json, size
+from training.processes import let_main_speak, speaks
 
 if TYPE_CHECKING:
     from quickchange.commands.options import Subparsers
     from training.data_report import DataReport
     from training.foresight import MemoryReport
     from training.recipe import Recipe
+    from training.train import TrainingResult
     from training.unfinished import Start
 
 _EXAMPLES = """\
@@ -150,6 +152,16 @@ def add_parser(subparsers: "Subparsers") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if speaks():
+        return _run(args)
+    try:
+        return 0 if args.dry_run or args.print_schema else _run(args)
+    except CommandError as error:
+        let_main_speak()
+        return error.exit_code
+
+
+def _run(args: argparse.Namespace) -> int:
     if args.print_schema:
         return _print_schema()
     with needs_extra("train"):
@@ -172,16 +184,21 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(str(error), DIVERGED) from error
     except (TrainingError, AdapterError, BaseModelError) as error:
         raise CommandError(str(error)) from error
+    if speaks():
+        _print_result(result, args)
+    return 0
+
+
+def _print_result(result: "TrainingResult", args: argparse.Namespace) -> None:
     if args.json:
         print_json(result)
-    else:
-        print(f"{result.out}: loss {result.fit.final_loss:.4f} after {result.fit.steps} steps")
-        print(_memory_line(result.memory))
-        if result.published is not None:
-            print(f"published as {result.published}")
-        if result.promotion is not None:
-            print(result.promotion)
-    return 0
+        return
+    print(f"{result.out}: loss {result.fit.final_loss:.4f} after {result.fit.steps} steps")
+    print(_memory_line(result.memory))
+    if result.published is not None:
+        print(f"published as {result.published}")
+    if result.promotion is not None:
+        print(result.promotion)
 
 
 def _print_schema() -> int:
