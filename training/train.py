@@ -277,9 +277,7 @@ def _encoder(recipe: Recipe, text: Base | BaseText) -> RowEncoder:
     )
 
 
-def _published(
-    recipe: Recipe, result: TrainingResult, since_step: Stopwatch, progress: bool
-) -> str | None:
+def _published(recipe: Recipe, result: TrainingResult, since_step: Stopwatch, progress: bool) -> str | None:
     """Publishes, if that is wanted, and only then draws the curve: whether the server took it or not."""
     try:
         return _publish(recipe, result.artefacts, since_step, progress)
