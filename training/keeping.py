@@ -102,7 +102,7 @@ class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]  # transformers i
 
     @property
     def seconds(self) -> float:
-        """Of optimization, over all processes of this run."""
+        """Of optimization, those before a kill included."""
         return self._before_s + time.perf_counter() - self._began_s
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

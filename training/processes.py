@@ -27,7 +27,8 @@ _SHARDED: Final = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
 """Variable that `accelerate launch` sets → what it is called."""
-_LOST: Final = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "timed out")
+_LOST: Final = ("connection closed", "connection reset", "broken pipe", "remote process exited", "timed out")
+"""Of what gloo and NCCL say, in small letters, when the other end is gone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ class Checkpoint:
 
     Attributes:
         step: optimizer steps done.
-        seconds: spent on optimization until then, over all processes of the run.
+        seconds: spent on optimization until then, those before a kill included.
     """
 
     folder: Path

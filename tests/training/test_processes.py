@@ -19,14 +19,18 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
+from adapters.base import load_base
+from quickchange.cli import main
 from tests.models import build_tiny_model
 from training.batches import IGNORED
-from training.errors import RecipeError
+from training.errors import ProcessLostError, RecipeError
 from training.processes import Processes, joined, speaks
+from training.recipe import Recipe
 from training.sharing import Idle, Shares, nothing_to_learn
+from training.train import train
 from training.unfinished import newest_checkpoint, unfinished_folder
 
-SHIPPED = Path("deploy/accelerate")
+SHIPPED = Path("deploy/accelerate").resolve()
 ROWS = [{"prompt": f"say {n}", "completion": f"{n * 7 % 10} ok"} for n in range(46)]
 HELD_OUT = 5
 """41 rows learned and 5 held out: of the last batch of four each leaves one process without a row."""
@@ -61,13 +65,18 @@ def environment(base_cache: Path) -> dict[str, str]:
 
 
 def launched(folder: Path, base_cache: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Two processes by `accelerate launch`, on CPUs with gloo, as docs/guides/training.md says."""
+    """Two processes by `accelerate launch` with the shipped configuration; on CPUs, with gloo."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
     return subprocess.Popen(
         [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *(
+                sys.executable,
+                "-m",
+                "accelerate.commands.launch",
+                "--config_file",
+                str(SHIPPED / "ddp-1x2.yaml"),
+            ),
             *("--main_process_port", str(port), "-m", *arguments),
         ],
         cwd=folder,
@@ -128,7 +137,11 @@ def check_same(folder: Path, one: str, two: str, held_out: float = 1e-4) -> None
 def test_two_processes_learn_what_one_does_with_twice_the_batch(
     folder: Path, model: Path, base_cache: Path
 ) -> None:
-    alone(folder, base_cache, recipe(folder, model, "one", batch_size=4))
+    base = load_base(
+        str(model), purpose="train", quantization="none", device="cpu", cache_dir=base_cache, progress=False
+    )
+    one = Recipe.from_mapping(recipe(folder, model, "one", batch_size=4), source="the test")
+    train(one, base, progress=False)
     code, said, errors = ended(trained(folder, base_cache, recipe(folder, model, "two", batch_size=2)))
     assert code == 0, errors
     check_same(folder, "one", "two")
@@ -263,17 +276,15 @@ def test_what_fails_in_one_process_ends_all_with_its_message(
 
 
 def test_a_launch_that_shards_the_base_is_refused_by_its_name(
-    folder: Path, model: Path, base_cache: Path
+    folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "recipe.yaml").write_text(json.dumps(recipe(folder, model, "out")))
-    refused = subprocess.run(
-        [sys.executable, "-m", "quickchange", "train", "--config", "recipe.yaml"],
-        cwd=folder, env=environment(base_cache) | {"ACCELERATE_USE_FSDP": "true"},
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    assert refused.returncode == 1
-    assert "accelerate launches with FSDP" in refused.stderr
-    assert "ddp-1x2.yaml" in refused.stderr
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch` says it
+    assert main(["train", "--config", str(folder / "recipe.yaml")]) == 1
+    said = capsys.readouterr().err
+    assert "accelerate launches with FSDP" in said
+    assert "ddp-1x2.yaml" in said
+    assert not list(folder.glob("out*"))
 
 
 # Parts
@@ -312,8 +323,16 @@ def test_one_process_waits_for_nobody() -> None:
     assert processes.any_of(False, True) == (False, True)
     with pytest.raises(ZeroDivisionError):
         processes.together(lambda: 1 // 0)
-    with pytest.raises(RuntimeError, match="gloo"), processes.connected():
-        raise RuntimeError("gloo")
+    with pytest.raises(RuntimeError, match="closed"), processes.connected():
+        raise RuntimeError("connection closed by peer")
+
+
+def test_a_lost_process_is_named_and_other_errors_are_not_taken_for_one() -> None:
+    processes = Processes(0, 2)
+    with pytest.raises(ProcessLostError, match="--resume goes on"), processes.connected():
+        raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
+    with pytest.raises(RuntimeError, match="shape"), processes.connected():
+        raise RuntimeError("shape mismatch")
 
 
 def test_without_a_launcher_there_is_one_process_that_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
