@@ -67,6 +67,8 @@ def metrics_of(data: TrainingData, fit: Fit) -> dict[str, float]:
         "trained_parameters": fit.trained_parameters,
         "final_loss": fit.final_loss,
     }
+    if data.report.processes > 1:  # a step learned so many times the recipe's rows
+        metrics["processes"] = data.report.processes
     if data.report.held_out is not None and fit.evals:
         kept = _kept(fit.evals, fit.best_step)
         metrics |= {

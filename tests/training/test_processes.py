@@ -152,6 +152,8 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(
     assert written["data"]["sequences_per_step"] == 2 * 2 * 2
     assert len(written["fit"]["peak_memory_bytes_by_process"]) == 2
     assert written["checks"]["validation"] == "passed"
+    manifest = json.loads((folder / "two" / "quickchange.json").read_text())
+    assert manifest["training"]["metrics"]["processes"] == 2
 
 
 @pytest.mark.slow
