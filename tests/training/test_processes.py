@@ -21,6 +21,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from adapters.base import load_base
 from quickchange.cli import main
+from tests.e2e.process import ServerProcess, running
 from tests.models import build_tiny_model
 from training.batches import IGNORED
 from training.errors import ProcessLostError, RecipeError
@@ -275,6 +276,24 @@ def test_what_fails_in_one_process_ends_all_with_its_message(
     assert code != 0
     assert "process 1 has data" in errors
     assert {path.name for path in folder.glob("out*")} == set()
+
+
+@pytest.mark.slow
+def test_two_processes_publish_and_promote_one_version(folder: Path, model: Path, base_cache: Path) -> None:
+    asked = {"batch_size": 2, "quantization": "none", "name": "sql", "promote_if": "always"}
+    with running(ServerProcess(model, folder / "store")) as server:
+        settings = recipe(folder, model, "out", publish=server.grpc, **asked)
+        code, said, errors = ended(trained(folder, base_cache, settings))
+        assert code == 0, errors
+        assert said.count("published as sql@1") == said.count("sql:prod is sql@1 now") == 1
+        with server.client() as client:
+            assert [found.version for found in client.adapters.list()] == [1]
+            assert client.adapters.get("sql:prod").version == 1
+    settings = recipe(folder, model, "again", publish=server.grpc, **asked)
+    code, _, errors = ended(trained(folder, base_cache, settings))  # nobody answers any more
+    assert code != 0
+    assert errors.count(f"--publish {server.grpc}") == 1
+    assert not list(folder.glob("again*"))
 
 
 def test_a_launch_that_shards_the_base_is_refused_by_its_name(
