@@ -95,7 +95,7 @@ _FLAGS = (
     _Flag("alias", str, "ALIAS", "which alias that is (prod)"),
     _Flag("promote_metric", str, "NAME", "what decides: chrf, bleu, exact, json_valid or json_equal (chrf)"),
     _Flag("promote_margin", float, "X", "by more than this, surely (0)"),
-    _Flag("license", str, "NAME", "of the result, for its model card: apache-2.0, other, … (unknown)"),
+    _Flag("license", str, "NAME", "of the result, for its model card: apache-2.0, other, …; unknown without"),
 )
 
 

@@ -210,7 +210,7 @@ def test_train_flags_win_over_the_file(trained: list[Recipe], tmp_path: Path) ->
         ((), 2, "data"),
         (("--data", "d", "--rank", "0"), 2, "rank"),
         (("--config", "/nowhere.yaml"), 2, "/nowhere.yaml"),
-        (("--data", "d", "--seed", "13"), 1, "lower the rate"),
+        (("--data", "d", "--seed", "13"), 3, "lower the rate"),
     ],
 )
 def test_train_fails_in_one_line(
