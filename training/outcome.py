@@ -10,12 +10,11 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from adapters.base import Base
-from adapters.bundle import Bundle
 from adapters.cache import publish_folder
 from adapters.canary import Canary
 from adapters.facts import AdapterFacts
@@ -27,7 +26,7 @@ from training.data import TrainingData
 from training.data_report import DataReport
 from training.fitting import Fit
 from training.model_card import Checked, write_model_card
-from training.provenance import origin_of
+from training.provenance import manifest_of, origin_of
 from training.recipe import Recipe
 from training.rehearsal import Rehearsal, why_no_canary
 from training.saving import save_trained
@@ -128,14 +127,8 @@ def _save(
     origin = origin_of(recipe, base, data, fit)
     canary, said = _canary(model, base, recipe, rehearsal)
     if recipe.kind.saved is not None:
-        bundle = Bundle(
-            base_fingerprint=base.fingerprint,
-            chat_template=base.chat_template,
-            data_sha256=data.sha256,
-            seed=recipe.seed,
-            canary=canary,
-            eos_token_ids=tuple(sorted(base.eos_token_ids)) or None,
-            training=origin,
+        bundle = replace(
+            manifest_of(base), data_sha256=data.sha256, seed=recipe.seed, canary=canary, training=origin
         )
         (folder / BUNDLE_FILE).write_text(bundle.to_json())
     since_step.lap("canary")

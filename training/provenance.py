@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from adapters.base import Base
+from adapters.bundle import Bundle
 from adapters.origin import Origin, fits_recipe
 from adapters.smollm2 import NAME as SMOLLM2_NAME
 from adapters.smollm2 import SOURCE as SMOLLM2_SOURCE
@@ -31,6 +32,21 @@ def origin_of(recipe: Recipe, base: Base, data: TrainingData, fit: Fit) -> Origi
         metrics=metrics_of(data, fit),
         versions=installed_versions(),
     )
+
+
+def manifest_of(base: Base) -> Bundle:
+    """What every adapter for a base carries, whatever its training.
+
+    Raises:
+        InvalidAdapterError: no manifest can hold it, such as a chat template of too many characters.
+    """
+    bundle = Bundle(
+        base_fingerprint=base.fingerprint,
+        chat_template=base.chat_template,
+        eos_token_ids=tuple(sorted(base.eos_token_ids)) or None,
+    )
+    bundle.to_json()  # which checks it as a reader would
+    return bundle
 
 
 def told_settings(recipe: Recipe, base: Base) -> dict[str, Any]:

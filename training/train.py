@@ -37,6 +37,7 @@ from training.outcome import add_to_report, artefacts_folder, write_curve, write
 from training.processes import Processes, joined
 from training.products import name_of, products_dtype
 from training.promotion import Promotion, promote, promotion_cases
+from training.provenance import manifest_of
 from training.publish import Resident, check_resident, publish_adapter, resident_at
 from training.recipe import WITHOUT_EFFECT, Recipe
 from training.recorder import check_trackers
@@ -186,6 +187,8 @@ def _checked(recipe: Recipe, base: Base, resident: Resident | None) -> list[str]
     """Refuses, before a row is read, what cannot come to anything; returns what was said besides."""
     _check_fits(base, recipe)
     check_attachable(base, recipe)
+    if recipe.kind.saved is not None:
+        manifest_of(base)
     if resident is not None:
         check_resident(recipe, resident, base)
     return notices(recipe, base)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import training.foresight
 from adapters.base import Base, dequantized_model, load_base
 from adapters.bundle import read_bundle
+from adapters.errors import InvalidAdapterError
 from adapters.files import CARD_FILE
 from adapters.nf4 import fused_kernel_works
 from adapters.quantize import Scheme
@@ -461,6 +462,16 @@ def test_a_base_of_another_quantization(base: Base, data: Path) -> None:
         RecipeError, match="method lora trains on quantization none, the base given has nf4-64-double"
     ):
         run(base, data, method="lora")
+
+
+def test_a_template_that_no_manifest_holds_is_noticed_before_training(base: Base, data: Path) -> None:
+    endless = replace(base, chat_template=base.chat_template + "{# " + "x" * 65536 + " #}")
+    told: list[DataReport] = []
+    with pytest.raises(
+        InvalidAdapterError, match=r"chat_template .* must be a string of 1 to 65536 characters"
+    ):
+        train(recipe_for(data, data.with_name("out")), endless, progress=False, on_data=told.append)
+    assert told == []
 
 
 def test_a_server_that_is_not_there_is_noticed_before_training(base: Base, data: Path) -> None:
