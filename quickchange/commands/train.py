@@ -98,6 +98,14 @@ _FLAGS = (
     _Flag("license", str, "NAME", "of the result, for its model card: apache-2.0, other, …; unknown without"),
 )
 
+_SWITCHES = {
+    "gradient_checkpointing": "compute activations twice to keep fewer (no)",
+    "share_prefixes": "compute what all rows of a batch begin with once (yes)",
+    "packing": "put several rows into one sequence of --max-length tokens (no)",
+    "double_quantization": "quantise a 4-bit base's scales again, as servers do (yes)",
+    "exceed_memory": "go on although more memory is predicted than is free (no)",
+}
+
 
 def add_parser(subparsers: "Subparsers") -> None:
     parser = add_command(subparsers, "train", "train an adapter, or a model", _EXAMPLES)
@@ -106,41 +114,15 @@ def add_parser(subparsers: "Subparsers") -> None:
         parser.add_argument(
             f"--{flag.name.replace('_', '-')}", type=flag.kind, metavar=flag.metavar, help=flag.help
         )
-    parser.add_argument(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="compute activations twice to keep fewer (no)",
-    )
-    parser.add_argument(
-        "--exceed-memory",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="go on although more memory is predicted than is free (no)",
-    )
+    for name, help_text in _SWITCHES.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, default=None, help=help_text
+        )
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint of a run that stopped"
     )
     start.add_argument("--restart", action="store_true", help="begin anew, whatever checkpoint there is")
-    parser.add_argument(
-        "--share-prefixes",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="compute what all rows of a batch begin with once (yes)",
-    )
-    parser.add_argument(
-        "--packing",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="put several rows into one sequence of --max-length tokens (no)",
-    )
-    parser.add_argument(
-        "--double-quantization",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="quantise a 4-bit base's scales again, as servers do (yes)",
-    )
     parser.add_argument(
         "--dry-run", action="store_true", help="say what there is to learn, load no weights, write nothing"
     )
@@ -237,10 +219,7 @@ def _recipe(args: argparse.Namespace) -> "Recipe":
     from training.errors import RecipeError
     from training.recipe import Recipe
 
-    switches = (
-        *("gradient_checkpointing", "share_prefixes", "packing", "double_quantization", "exceed_memory"),
-    )
-    names = [*(flag.name for flag in _FLAGS), *switches]
+    names = [*(flag.name for flag in _FLAGS), *_SWITCHES]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
         if args.config is not None:
