@@ -10,6 +10,7 @@ from types import ModuleType
 from quickchange import __version__
 from quickchange.commands import (
     adapters,
+    certify,
     chat,
     demo,
     doctor,
@@ -44,6 +45,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "study": study,
     "plan": plan,
     "merge": merge,
+    "certify": certify,
 }
 
 

@@ -61,3 +61,7 @@ class ElsewhereError(TrainingError):
 
 class ProcessLostError(TrainingError):
     """Another process of the run is gone without a word."""
+
+
+class CertificateError(TrainingError):
+    """A merged model cannot be compared with its live adapter."""

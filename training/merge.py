@@ -85,8 +85,7 @@ def merge_adapter(
         cache_dir=cache_dir,
         progress=progress,
     )
-    bundle = checked_bundle(adapter_dir, base)
-    folded = fold_unserved(base, adapter_dir) or _fold_served(base, adapter_dir, bundle)
+    folded = fold_adapter(base, adapter_dir)
     report = MergeReport(
         folder=out_dir,
         base=base.name,
@@ -97,8 +96,19 @@ def merge_adapter(
         delta_norm=folded.delta_norm,
     )
     out_dir.parent.mkdir(parents=True, exist_ok=True)
+    bundle = checked_bundle(adapter_dir, base)
     publish_folder(out_dir, lambda staged: _save(staged, base, bundle, report))
     return report
+
+
+def fold_adapter(base: Base, folder: Path) -> Folded:
+    """Folds an adapter of any kind that can be into a dequantised base's float32 weights, in place.
+
+    Raises:
+        AdapterError: it is malformed, cannot be folded, or does not fit the base.
+    """
+    bundle = checked_bundle(folder, base)
+    return fold_unserved(base, folder) or _fold_served(base, folder, bundle)
 
 
 @torch.no_grad()
