@@ -31,6 +31,7 @@ Quantization = Literal["nf4", "fp4", "int8", "none"]
 
 log = logging.getLogger(__name__)
 
+_WEIGHTS_PER_BLOCK: Final = 64
 _SCALES_PER_BLOCK: Final = 256
 _INT8_STEPS: Final = 127  # of a row's scale
 
@@ -110,6 +111,17 @@ def plain_weight(layer: nn.Module) -> Tensor:
     return layer.weight.detach().float()
 
 
+def requantized(weight_OD: Tensor, scheme: Scheme) -> Tensor:
+    """What is left of a float32 weight once it is quantised as a base's in 4 bits is; float32 again."""
+    codes, state = functional.quantize_4bit(
+        weight_OD.contiguous(), blocksize=_WEIGHTS_PER_BLOCK, quant_type=scheme.quantization
+    )
+    if scheme.double:
+        _quantize_scales(state)
+    weight: Tensor = functional.dequantize_4bit(codes, state)
+    return weight.float()
+
+
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
     """Shows or hides transformers' own progress bars."""
@@ -134,7 +146,8 @@ def _quantize(folder: Path, scheme: Scheme, staged: Path, *, progress: bool) -> 
         )
         if scheme.is_4bit and scheme.double:
             for layer in quantized_layers(model).values():
-                _quantize_scales(layer.weight)
+                _quantize_scales(layer.weight.quant_state)
+                layer.weight.compress_statistics = True
             model.config.quantization_config.bnb_4bit_use_double_quant = True
         model.generation_config = GenerationConfig()  # the source's own stays with the source
         model.save_pretrained(staged)
@@ -151,15 +164,13 @@ def _bitsandbytes_config(scheme: Scheme) -> Any:
     )
 
 
-def _quantize_scales(weight: Any) -> None:
+def _quantize_scales(state: functional.QuantState) -> None:
     """Double quantisation as in bitsandbytes, with the mean in float64: the same bits on every machine."""
-    state: functional.QuantState = weight.quant_state
     state.offset = state.absmax.double().mean().float()
     state.absmax, state.state2 = functional.quantize_blockwise(
         state.absmax - state.offset, blocksize=_SCALES_PER_BLOCK
     )
     state.nested = True
-    weight.compress_statistics = True
 
 
 def _set_progress_bars(shown: bool) -> None:

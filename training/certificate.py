@@ -73,6 +73,7 @@ class Certificate:
     """What was measured of a merged model, reloaded from its folder.
 
     Attributes:
+        into: what the adapter was folded into, as training/merge.py has it.
         dtype: of the artefact's weights.
         rows, tokens: of the reference answers that were compared.
         live_loss: of the live adapter, in nats per token.
@@ -88,6 +89,7 @@ class Certificate:
     adapter_digest: str
     base: str
     base_fingerprint: str
+    into: str
     dtype: str
     rows: int
     tokens: int
@@ -206,7 +208,7 @@ def summary(certificate: Certificate) -> list[tuple[str, str]]:
             "it gains nothing on these rows" if recovered is None else f"{recovered:.2%}",
         ),
         ("largest error of a weight that the adapter leaves alone", f"{certificate.unchanged_error:.2e}"),
-        ("weights", certificate.dtype),
+        ("weights", f"{certificate.dtype}, of the {certificate.into} base"),
         ("base", f"{certificate.base}, {certificate.base_fingerprint}"),
         ("adapter", certificate.adapter_digest),
         ("made with", ", ".join(f"{name} {version}" for name, version in certificate.versions.items())),

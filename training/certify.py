@@ -17,15 +17,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from adapters.base import Base, dequantized_base, load_base
+from adapters.base import Base, load_base
 from adapters.fingerprint import weight_files
-from adapters.quantize import Quantization
+from adapters.quantize import Quantization, Scheme
 from training.applied import applied, checked_bundle, encoder_for
 from training.cases import Answer, Case
 from training.certificate import Certificate, Distance, LayerError, Thresholds
 from training.encoding import RowEncoder
 from training.errors import CertificateError
-from training.merge import fold_adapter
+from training.merge import Target, fold_adapter, merge_base, target_of
 from training.products import is_autocast, products_in
 from training.reference_loss import AnswerTokens, answer_logits, answer_tokens
 from training.reference_model import ReferenceModel
@@ -78,11 +78,16 @@ def certify(
     same_tokens = _tokens(encoder_for(found, None), cases, found.max_context_tokens) == tokens
     matches = sum(map(eq, greedy, _greedy(found, None, cases, progress)))
     del found
-    weights = _compared(dequantized_base(base_source, **quantized), adapter, merged)
+    into = target_of(merged)
+    expected = merge_base(
+        base_source, Scheme(quantization, double_quantization), into, cache_dir=cache_dir, progress=progress
+    )
+    weights = _compared(expected, adapter, merged, into)
     return Certificate(
         adapter_digest=weights.digest,
         base=name,
         base_fingerprint=fingerprint,
+        into=into,
         dtype=weights.dtype,
         rows=len(cases),
         tokens=sum(each.count for each in tokens),
@@ -157,14 +162,14 @@ class _Weights:
     unchanged_error: float
 
 
-def _compared(base: Base, adapter: Path, merged: Path) -> _Weights:
+def _compared(base: Base, adapter: Path, merged: Path, into: Target) -> _Weights:
     """Every weight of the folder beside base + adapter in float32.
 
     Raises:
         CertificateError: the folder lacks a weight, or has one of another shape.
     """
     before = {name: weight.clone() for name, weight in base.model.named_parameters()}
-    folded = fold_adapter(base, adapter)
+    folded = fold_adapter(base, adapter, into)
     layers, unchanged, dtypes = [], 0.0, set()
     stored = _stored(merged)
     for name, expected in base.model.named_parameters():

@@ -1,18 +1,19 @@
 """Takes an adapter out of the server: folds it into its base and saves a plain model folder. Knows no server.
 
 The adapter was trained against the NF4 base, so it is folded into exactly those weights, dequantised: in
-float32, rounded once. (Requantising the sum and adding to the original 16-bit weights both lose what training
-corrected.) The model is a private copy; a base being served is never touched. DoRA, IA³ and biases, which no
-server applies, are folded by training/unserved.py.
+float32, rounded once. The sum may be quantised again, as a server with an NF4 base would have it, or the
+adapter folded into the original 16-bit weights: both lose what training corrected, and are labelled. The
+model is a private copy; a base being served is never touched. DoRA, IA³ and biases, which no server applies,
+are folded by training/unserved.py.
 
 R rank, D in-features, O out-features.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ from transformers.pytorch_utils import Conv1D
 from adapters.base import Base, dequantized_base
 from adapters.bundle import Bundle
 from adapters.cache import publish_folder
+from adapters.errors import BaseModelError
 from adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_bounded
 from adapters.measures import in_digest_order, measure
-from adapters.quantize import Quantization
+from adapters.quantize import Quantization, Scheme, requantized
 from adapters.spec import MAX_CONFIG_BYTES, parse_spec
 from adapters.weights import LoraPair, load_pairs
 from training.applied import checked_bundle
@@ -33,12 +35,16 @@ from training.versions import installed_versions
 
 MERGE_FILE = "merge.json"
 
+Target = Literal["dequantized", "requantized", "original"]
+"""What the sum is of: the base as the adapter knows it, that and quantised again, or the source's weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
     """What a merged model was made of; saved beside it as merge.json.
 
     Attributes:
+        into: what the adapter was folded into.
         modules: how many linear layers changed.
         delta_norm: Frobenius norm of all that was added.
     """
@@ -47,6 +53,7 @@ class MergeReport:
     base: str
     base_fingerprint: str
     adapter_digest: str
+    into: Target
     dtype: str
     modules: int
     delta_norm: float
@@ -59,6 +66,7 @@ def merge_adapter(
     *,
     quantization: Quantization = "nf4",
     double_quantization: bool = True,
+    into: Target = "dequantized",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     cache_dir: Path | None = None,
     progress: bool = True,
@@ -70,6 +78,7 @@ def merge_adapter(
         adapter_dir: a PEFT folder of LoRA, DoRA or IA³, or one of biases.
         out_dir: must not exist yet; appears complete or not at all.
         quantization, double_quantization: of the base that the adapter was trained on.
+        into: "dequantized" is the live adapter; "requantized", of 4-bit bases, and "original" are not.
         dtype: what the float32 sum is rounded to.
 
     Raises:
@@ -78,19 +87,20 @@ def merge_adapter(
     """
     if out_dir.exists():
         raise FileExistsError(f"{out_dir} exists already; remove it or choose another --out")
-    base = dequantized_base(
+    base = merge_base(
         base_source,
-        quantization=quantization,
-        double_quantization=double_quantization,
+        Scheme(quantization, double_quantization),
+        into,
         cache_dir=cache_dir,
         progress=progress,
     )
-    folded = fold_adapter(base, adapter_dir)
+    folded = fold_adapter(base, adapter_dir, into)
     report = MergeReport(
         folder=out_dir,
         base=base.name,
         base_fingerprint=base.fingerprint,
         adapter_digest=folded.digest,
+        into=into,
         dtype=dtype,
         modules=folded.modules,
         delta_norm=folded.delta_norm,
@@ -101,14 +111,69 @@ def merge_adapter(
     return report
 
 
-def fold_adapter(base: Base, folder: Path) -> Folded:
-    """Folds an adapter of any kind that can be into a dequantised base's float32 weights, in place.
+def merge_base(
+    source: str, scheme: Scheme, into: Target, *, cache_dir: Path | None = None, progress: bool = True
+) -> Base:
+    """What an adapter is folded into, in float32; fingerprint and scheme are of the base it was trained on.
+
+    Raises:
+        BaseModelError: it cannot be read, or has no 4-bit weights that could be quantised again.
+    """
+    if into == "requantized" and not scheme.is_4bit:
+        raise BaseModelError(
+            f"a base in {scheme.name} has no 4-bit weights to quantise again; merge into dequantized"
+        )
+    base = dequantized_base(
+        source,
+        quantization=scheme.quantization,
+        double_quantization=scheme.double,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+    if into != "original":
+        return base
+    original = dequantized_base(source, quantization="none", cache_dir=cache_dir, progress=progress)
+    return replace(base, model=original.model)
+
+
+def target_of(merged: Path) -> Target:
+    """What a merged folder says the adapter was folded into.
+
+    Raises:
+        BaseModelError: it says something else.
+    """
+    path = merged / MERGE_FILE
+    try:
+        into = json.loads(path.read_text(encoding="utf-8"))["into"] if path.exists() else "dequantized"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise BaseModelError(f"{path} cannot be read ({error}); merge again") from error
+    if into not in get_args(Target):
+        raise BaseModelError(
+            f"{path} says into {into!r}, not one of {', '.join(get_args(Target))}; merge again"
+        )
+    return cast(Target, into)
+
+
+def fold_adapter(base: Base, folder: Path, into: Target) -> Folded:
+    """Folds an adapter of any kind that can be into a `merge_base`'s float32 weights, in place.
 
     Raises:
         AdapterError: it is malformed, cannot be folded, or does not fit the base.
     """
     bundle = checked_bundle(folder, base)
-    return fold_unserved(base, folder) or _fold_served(base, folder, bundle)
+    folded = fold_unserved(base, folder) or _fold_served(base, folder, bundle)
+    if into == "requantized":
+        _quantize_again(base)
+    return folded
+
+
+@torch.no_grad()
+def _quantize_again(base: Base) -> None:
+    """Every layer that is quantised in the base; the head is not."""
+    for name in base.layout.modules:
+        if name != base.layout.head:
+            layer = base.model.get_submodule(name)
+            layer.weight.copy_(_oriented(requantized(_oriented(layer.weight, layer), base.scheme), layer))
 
 
 @torch.no_grad()
@@ -132,8 +197,9 @@ def _fold_served(base: Base, folder: Path, bundle: Bundle | None) -> Folded:
     return Folded(measures.digest, len(pairs), measures.delta_norm)
 
 
-def _oriented(delta_OD: Tensor, layer: nn.Module) -> Tensor:
-    return delta_OD.T if isinstance(layer, Conv1D) else delta_OD
+def _oriented(weight: Tensor, layer: nn.Module) -> Tensor:
+    """Between [O, D] and what the layer keeps."""
+    return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def _save(folder: Path, base: Base, bundle: Bundle | None, report: MergeReport) -> None:

@@ -26,7 +26,7 @@ DEFAULT_ROWS = 50
 _EXAMPLES = """\
   quickchange certify --base smollm2 --adapter ./sql-lora --merged ./sql-model --data held-out.jsonl
 
-writes merge_certificate.json and .md into the merged model's folder; exit status 1 says that it will not do"""
+writes merge_certificate.json and .md into the merged model's folder; exit status 1 says that it won't do"""
 
 
 def add_parser(subparsers: "Subparsers") -> None:

@@ -33,6 +33,13 @@ def add_parser(subparsers: "Subparsers") -> None:
     )
     add_quantization_options(parser)
     parser.add_argument(
+        "--into",
+        choices=("dequantized", "requantized", "original"),
+        default="dequantized",
+        help="the base as the adapter knows it, that and quantised again, or the source's own weights "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
         default="bfloat16",
@@ -60,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             quantization=args.quantization,
             double_quantization=args.double_quantization,
+            into=args.into,
             dtype=args.dtype,
             progress=progress_of(args),
         )

@@ -117,6 +117,22 @@ def test_float32_is_the_live_adapter(
     assert found.unchanged_error == 0.0
 
 
+@pytest.mark.parametrize("into", ["original", "requantized"])
+def test_other_targets_are_labelled_and_farther(
+    into: str, folder: Path, adapter: Path, merged: Path, tmp_path: Path, base_cache: Path,
+    certified: Callable[[Path], Certificate],
+) -> None:  # fmt: skip
+    """What training corrected of the base's quantisation is lost, or quantised away."""
+    options: dict[str, Any] = {"into": into, "cache_dir": base_cache, "progress": False}
+    merge_adapter(str(folder), adapter, tmp_path / "other", **options)
+    found = certified(tmp_path / "other")
+    assert found.into == into
+    assert found.merged.mean_kl > 10 * certified(merged).merged.mean_kl
+    assert not found.passed
+    assert all(layer.of_weight < 2**-8 for layer in found.layers)  # it is what it says it is
+    assert found.unchanged_error < 2**-8
+
+
 # Broken merges
 
 
@@ -216,6 +232,7 @@ def certificate(**changes: Any) -> Certificate:
         "adapter_digest": "sha256:1",
         "base": "tiny",
         "base_fingerprint": "sha256:2",
+        "into": "dequantized",
         "dtype": "bfloat16",
         "rows": 2,
         "tokens": 9,
