@@ -1,5 +1,6 @@
 """The adapters of a server: uploading, naming, loading, downloading; blocking. Does not know the model."""
 
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -7,6 +8,7 @@ from types import TracebackType
 from quickchange import answers, requests
 from quickchange.calls import Calls, ResponseStream
 from quickchange.download import Download
+from quickchange.errors import QuickchangeError
 from quickchange.progress import Progress, reporting
 from quickchange.push import Push
 from quickchange.types import (
@@ -97,21 +99,28 @@ class AdapterClient:
     ) -> PullResult:
         """Downloads an adapter; the folder appears whole and checked, or not at all.
 
+        A connection that breaks does not end it: it goes on from what has arrived, as long as the server
+        comes back within the client's retry window.
+
         Raises:
             AdapterDirectoryError: the folder is there already and not empty.
             DataLossError: what arrived is not what was promised.
         """
         attempts = self._calls.endpoint.attempts(repeatable=True, timeout_s=timeout_s)
-        request = adapters_pb2.DownloadAdapterRequest(adapter=reference)
         with Download(Path(directory)) as download, reporting(progress, f"pull {reference}") as report:
-            responses = self._calls.server_stream(self._stub.DownloadAdapter, request, attempts)
-            try:
-                for response in responses:
-                    download.receive(response)
-                    report(download.received_bytes, download.size_bytes)
-            finally:
-                responses.close()
-            return download.commit()
+            while True:
+                request = download.request(reference)
+                responses = self._calls.server_stream(self._stub.DownloadAdapter, request, attempts)
+                try:
+                    for response in responses:
+                        download.receive(response)
+                        report(download.received_bytes, download.size_bytes)
+                    return download.commit()
+                except QuickchangeError as error:
+                    attempts = download.after(error, attempts)
+                    time.sleep(attempts.pause_s(error))
+                finally:
+                    responses.close()
 
     def get(self, reference: str) -> Adapter:
         """The facts of one version."""

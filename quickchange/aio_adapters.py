@@ -11,6 +11,7 @@ from quickchange.adapter_client import AdapterClient
 from quickchange.aio_calls import AsyncCalls, AsyncResponseStream
 from quickchange.calls import Calls
 from quickchange.download import Download
+from quickchange.errors import QuickchangeError
 from quickchange.progress import Progress, reporting
 from quickchange.types import (
     Adapter,
@@ -108,21 +109,28 @@ class AsyncAdapterClient:
     ) -> PullResult:
         """Downloads an adapter; the folder appears whole and checked, or not at all.
 
+        A connection that breaks does not end it: it goes on from what has arrived, as long as the server
+        comes back within the client's retry window.
+
         Raises:
             AdapterDirectoryError: the folder is there already and not empty.
             DataLossError: what arrived is not what was promised.
         """
         attempts = self._calls.endpoint.attempts(repeatable=True, timeout_s=timeout_s)
-        request = adapters_pb2.DownloadAdapterRequest(adapter=reference)
         with Download(Path(directory)) as download, reporting(progress, f"pull {reference}") as report:
-            responses = self._calls.server_stream(self._stub.DownloadAdapter, request, attempts)
-            try:
-                async for response in responses:
-                    await asyncio.to_thread(download.receive, response)
-                    report(download.received_bytes, download.size_bytes)
-            finally:
-                responses.close()
-            return await asyncio.to_thread(download.commit)
+            while True:
+                request = download.request(reference)
+                responses = self._calls.server_stream(self._stub.DownloadAdapter, request, attempts)
+                try:
+                    async for response in responses:
+                        await asyncio.to_thread(download.receive, response)
+                        report(download.received_bytes, download.size_bytes)
+                    return await asyncio.to_thread(download.commit)
+                except QuickchangeError as error:
+                    attempts = download.after(error, attempts)
+                    await asyncio.sleep(attempts.pause_s(error))
+                finally:
+                    responses.close()
 
     async def get(self, reference: str) -> Adapter:
         """The facts of one version."""

@@ -1,4 +1,7 @@
-"""Puts a downloaded adapter on disk, whole and checked, or not at all. Knows nothing of channels."""
+"""Puts a downloaded adapter on disk, whole and checked, or not at all, over as many calls as it takes.
+
+Knows nothing of channels.
+"""
 
 import hashlib
 import os
@@ -12,7 +15,8 @@ from typing import BinaryIO
 import google_crc32c
 
 from quickchange import answers
-from quickchange.errors import AdapterDirectoryError, DataLossError
+from quickchange.connection import Attempts
+from quickchange.errors import AdapterDirectoryError, DataLossError, QuickchangeError, UnavailableError
 from quickchange.types import Adapter, PullResult
 from quickchange.upload import ALLOWED_FILES
 from quickchange.v1 import adapters_pb2
@@ -37,6 +41,8 @@ class Download:
         self._staging: Path | None = None
         self._adapter: Adapter | None = None
         self._files: list[_IncomingFile] = []
+        self._expects_header = False
+        self._had_bytes = 0
 
     def __enter__(self) -> "Download":
         self._directory.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +65,26 @@ class Download:
     @property
     def received_bytes(self) -> int:
         return sum(file.received_bytes for file in self._files)
+
+    def request(self, reference: str) -> adapters_pb2.DownloadAdapterRequest:
+        """What to ask for: all of `reference`, or once its header was there, what is missing of it."""
+        self._expects_header = True
+        self._had_bytes = self.received_bytes
+        if self._adapter is None:
+            return adapters_pb2.DownloadAdapterRequest(adapter=reference)
+        return adapters_pb2.DownloadAdapterRequest(
+            adapter=self._adapter.reference, committed_offsets=[file.received_bytes for file in self._files]
+        )
+
+    def after(self, error: QuickchangeError, attempts: Attempts) -> Attempts:
+        """What is left to go on with after a call ended with an error; the time counts anew after progress.
+
+        Raises:
+            QuickchangeError: the given one, if it did not break in the middle.
+        """
+        if self._adapter is None or not isinstance(error, UnavailableError):
+            raise error
+        return attempts.renewed() if self.received_bytes > self._had_bytes else attempts
 
     def receive(self, response: adapters_pb2.DownloadAdapterResponse) -> None:
         """Takes the next message.
@@ -88,11 +114,20 @@ class Download:
         return PullResult(self._adapter, self._directory, self.size_bytes)
 
     def _open(self, header: adapters_pb2.DownloadHeader) -> None:
-        if self._adapter is not None or self._staging is None:
+        if not self._expects_header or self._staging is None:
             raise _broken("has a second header")
+        self._expects_header = False
+        if self._adapter is not None:
+            self._check_same(header)
+            return
         _require_allowed([file.name for file in header.files])
         self._adapter = answers.adapter(header.adapter)
         self._files = [_IncomingFile(self._staging / file.name, file) for file in header.files]
+
+    def _check_same(self, header: adapters_pb2.DownloadHeader) -> None:
+        promised = [(file.name, file.size_bytes, file.sha256) for file in header.files]
+        if promised != [file.promised for file in self._files]:
+            raise _broken("went on with another adapter")
 
     def _write(self, chunk: adapters_pb2.UploadChunk) -> None:
         if chunk.file_index >= len(self._files):
@@ -107,6 +142,7 @@ class _IncomingFile:
         self._name = promised.name
         self._sha256 = hashlib.sha256()
         self._promised_sha256 = promised.sha256
+        self.promised = (promised.name, promised.size_bytes, promised.sha256)
         self.size_bytes = promised.size_bytes
         self.received_bytes = 0
         self._file: BinaryIO = path.open("xb")

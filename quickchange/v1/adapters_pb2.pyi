@@ -983,13 +983,21 @@ class DownloadAdapterRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: builtins.int
+    COMMITTED_OFFSETS_FIELD_NUMBER: builtins.int
     adapter: builtins.str
+    @property
+    def committed_offsets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """To go on after a cut: bytes of each file that the client has, in the order of the first header; name the
+        version then, as that header has it. Empty begins at the beginning.
+        """
+
     def __init__(
         self,
         *,
         adapter: builtins.str = ...,
+        committed_offsets: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["adapter", b"adapter"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["adapter", b"adapter", "committed_offsets", b"committed_offsets"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___DownloadAdapterRequest: typing_extensions.TypeAlias = DownloadAdapterRequest

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import ExitStack, aclosing
+from operator import gt
 from typing import Any, BinaryIO, Final
 
 import google_crc32c
@@ -146,10 +147,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         with ExitStack() as open_files:
             async with self._catalogue.preparing(request.adapter) as record:
                 named = _named(record)
+                offsets = _offsets_of(request, named)
                 files = await self._workers.run(self._open, named, open_files)
             await context.write(adapters_pb2.DownloadAdapterResponse(header=self._download_header(named)))
-            for index, file in enumerate(files):
-                offset = 0
+            for index, (file, offset) in enumerate(zip(files, offsets, strict=True)):
+                await self._workers.run(file.seek, offset)
                 while data := await self._workers.run(file.read, DOWNLOAD_CHUNK_BYTES):
                     await context.write(_download_chunk(index, offset, data))
                     offset += len(data)
@@ -221,6 +223,18 @@ def _changes_of(request: adapters_pb2.UpdateAdapterRequest) -> Changes:
         labels=dict(request.labels.values) if request.HasField("labels") else None,
         aliases_from=request.aliases_from if request.HasField("aliases_from") else None,
     )
+
+
+def _offsets_of(request: adapters_pb2.DownloadAdapterRequest, record: AdapterRecord) -> list[int]:
+    """Where each file begins to be sent."""
+    offsets = list(request.committed_offsets) or [0] * len(record.files)
+    sizes = [file.size_bytes for file in record.files]
+    if len(offsets) != len(sizes) or any(map(gt, offsets, sizes)):
+        raise InvalidRequestError(
+            "committed_offsets",
+            f"is {offsets}; the files of {record.name}@{record.version} have {sizes} bytes",
+        )
+    return offsets
 
 
 def _download_chunk(index: int, offset: int, data: bytes) -> adapters_pb2.DownloadAdapterResponse:

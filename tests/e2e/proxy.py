@@ -19,6 +19,7 @@ class CuttingProxy:
         budgets: bytes that the first, second, … connection may send before it is cut; later ones live on.
         server_notices: False leaves the server's side open and silent, as when a cable is pulled.
         client_notices: the same of the client's side.
+        of_answers: the budgets are of what its server sends instead.
         before_cut: called, in a thread of the proxy's, once a budget is spent.
     """
 
@@ -29,6 +30,7 @@ class CuttingProxy:
         *,
         server_notices: bool = True,
         client_notices: bool = True,
+        of_answers: bool = False,
         before_cut: Callable[[], object] = lambda: None,
     ) -> None:
         host, port = target.rsplit(":", 1)
@@ -36,6 +38,7 @@ class CuttingProxy:
         self._budgets = iter(budgets)
         self._server_notices = server_notices
         self._client_notices = client_notices
+        self._of_answers = of_answers
         self._before_cut = before_cut
         self._sockets: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -54,30 +57,32 @@ class CuttingProxy:
                 client, _ = self._listener.accept()
                 server = socket.create_connection(self._target)
                 self._sockets += [client, server]
+                counted, other = (server, client) if self._of_answers else (client, server)
                 budget = next(self._budgets, None)
-                for work in ((self._up, client, server, budget), (self._down, server, client)):
+                for work in ((self._counted, counted, other, budget), (self._forwarded, other, counted)):
                     threading.Thread(target=work[0], args=work[1:], daemon=True).start()
 
-    def _up(self, client: socket.socket, server: socket.socket, budget: int | None) -> None:
+    def _counted(self, source: socket.socket, sink: socket.socket, budget: int | None) -> None:
         with contextlib.suppress(OSError):
-            while data := client.recv(PIECE_BYTES if budget is None else min(PIECE_BYTES, budget)):
-                server.sendall(data)
+            while data := source.recv(PIECE_BYTES if budget is None else min(PIECE_BYTES, budget)):
+                sink.sendall(data)
                 if budget is not None:
                     budget -= len(data)
                     if not budget:
                         self._before_cut()
                         self.cuts += 1
                         break
+        client, server = (sink, source) if self._of_answers else (source, sink)
         if budget != 0 or self._client_notices:
             _reset(client)
         if budget != 0 or self._server_notices:
             _reset(server)
 
-    def _down(self, server: socket.socket, client: socket.socket) -> None:
+    def _forwarded(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while data := server.recv(PIECE_BYTES):
-                client.sendall(data)
-        _reset(client)
+            while data := source.recv(PIECE_BYTES):
+                sink.sendall(data)
+        _reset(sink)
 
 
 def _reset(connection: socket.socket) -> None:

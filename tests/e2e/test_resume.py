@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from quickchange import AsyncClient, Client, UnavailableError
+from quickchange import AsyncClient, Client, NotFoundError, UnavailableError
 from quickchange.adapter_client import AdapterClient
 from quickchange.calls import Calls
 from quickchange.connection import Endpoint
@@ -167,6 +167,78 @@ async def test_the_asyncio_client_goes_on_too(wide_server: ServerProcess, wide_a
             result = await client.adapters.push(wide_adapter, "async")
             await client.adapters.delete(result.adapter.reference)
     assert proxy.cuts == 2
+
+
+def assert_pulled(folder: Path, original: Path) -> None:
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert sha256_of(folder / file) == sha256_of(original / file)
+
+
+def test_a_download_cut_ten_times_ends_identical(
+    wide_server: ServerProcess, wide_adapter: Path, tmp_path: Path
+) -> None:
+    """Of each cut what is on its way is lost, no more: after ten of them nothing has come twice."""
+    chance = random.Random(10)
+    budgets = [chance.randrange(MIB, 4 * MIB) for _ in range(10)]
+    with connect(wide_server.grpc) as client:
+        client.adapters.push(wide_adapter, "far")
+    received: list[int] = []
+    with (
+        cutting(wide_server.grpc, budgets, of_answers=True) as proxy,
+        connect(proxy.address) as client,
+    ):
+        result = client.adapters.pull("far", tmp_path / "far", progress=lambda now, _: received.append(now))
+        assert proxy.cuts == 10
+        assert_pulled(result.directory, wide_adapter)
+        client.adapters.delete("far")
+    assert received == sorted(received)
+    assert [path.name for path in tmp_path.iterdir()] == ["far"]
+
+
+async def test_the_asyncio_client_s_download_goes_on_too(
+    wide_server: ServerProcess, wide_adapter: Path, tmp_path: Path
+) -> None:
+    with connect(wide_server.grpc) as direct:
+        direct.adapters.push(wide_adapter, "far-async")
+    with cutting(wide_server.grpc, [3 * MIB], of_answers=True) as proxy:
+        async with AsyncClient(proxy.address, timeout_s=300, retry_window_s=30) as client:
+            result = await client.adapters.pull("far-async", tmp_path / "far")
+            await client.adapters.delete("far-async")
+    assert proxy.cuts == 1
+    assert_pulled(result.directory, wide_adapter)
+
+
+def test_a_download_of_what_was_deleted_meanwhile_fails_and_leaves_nothing(
+    wide_server: ServerProcess, wide_adapter: Path, tmp_path: Path
+) -> None:
+    with connect(wide_server.grpc) as direct:
+        direct.adapters.push(wide_adapter, "gone")
+
+        def delete() -> None:
+            direct.adapters.delete("gone")
+
+        with (
+            cutting(wide_server.grpc, [4 * MIB], of_answers=True, before_cut=delete) as proxy,
+            connect(proxy.address) as client,
+            pytest.raises(NotFoundError, match="no adapter 'gone'"),
+        ):
+            client.adapters.pull("gone", tmp_path / "gone")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("offsets", [[1], [10**12, 0], [0, 0, 0, 0]])
+def test_impossible_offsets_are_refused(
+    wide_server: ServerProcess, wide_adapter: Path, offsets: list[int]
+) -> None:
+    with connect(wide_server.grpc) as client:
+        client.adapters.push(wide_adapter, "whole")
+        with grpc.insecure_channel(wide_server.grpc) as channel:
+            stub = adapters_pb2_grpc.AdapterServiceStub(channel)
+            request = adapters_pb2.DownloadAdapterRequest(adapter="whole", committed_offsets=offsets)
+            with pytest.raises(grpc.RpcError, match="committed_offsets") as caught:
+                list(stub.DownloadAdapter(request))
+        client.adapters.delete("whole")
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_the_client_names_the_id_of_what_it_could_not_end(

@@ -11,7 +11,17 @@ import grpc
 import pytest
 
 import quickchange
-from quickchange import AdapterDirectoryError, AdapterMethod, AdapterState, Client, DataLossError, Residency
+from quickchange import (
+    AdapterDirectoryError,
+    AdapterMethod,
+    AdapterState,
+    Client,
+    DataLossError,
+    Residency,
+    UnavailableError,
+)
+from quickchange.connection import Endpoint
+from quickchange.download import Download
 from quickchange.upload import CHUNK_BYTES
 from quickchange.v1 import adapters_pb2
 from tests.quickchange.scripted import DIGEST, Script, downloaded, queue_full, rich
@@ -231,6 +241,29 @@ def _unlisted_file(messages: Messages) -> None:
 
 def _only_chunks(messages: Messages) -> None:
     del messages[0]
+
+
+def test_a_download_goes_on_with_the_same_adapter_only(tmp_path: Path) -> None:
+    one = downloaded({"adapter_model.safetensors": b"a" * 2500})
+    other = downloaded({"adapter_model.safetensors": b"b" * 2500})
+    cut = UnavailableError("cut")
+    attempts = Endpoint.resolve("x:1", None, None, timeout_s=9, retry_window_s=9).attempts(repeatable=True)
+    with Download(tmp_path / "sql") as download:
+        assert download.request("sql").adapter == "sql"
+        with pytest.raises(UnavailableError):
+            download.after(cut, attempts)  # nothing began: the stream's own attempts are over
+        for message in one[:2]:
+            download.receive(message)
+        assert download.after(cut, attempts) is not attempts  # it got further
+        again = download.request("sql")
+        assert (again.adapter, list(again.committed_offsets)) == ("sql@3", [1000])
+        with pytest.raises(DataLossError, match="went on with another adapter"):
+            download.receive(other[0])
+        download.request("sql")
+        for message in (one[0], *one[2:]):
+            download.receive(message)
+        download.commit()
+    assert (tmp_path / "sql" / "adapter_model.safetensors").read_bytes() == b"a" * 2500
 
 
 @pytest.mark.parametrize(
