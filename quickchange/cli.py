@@ -15,6 +15,7 @@ from quickchange.commands import (
     demo,
     doctor,
     evaluate,
+    extract,
     generate,
     info,
     merge,
@@ -46,6 +47,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "plan": plan,
     "merge": merge,
     "certify": certify,
+    "extract": extract,
 }
 
 

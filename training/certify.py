@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from adapters.base import Base, load_base
-from adapters.fingerprint import weight_files
 from adapters.quantize import Quantization, Scheme
 from training.applied import applied, checked_bundle, encoder_for
 from training.cases import Answer, Case
@@ -26,6 +24,7 @@ from training.certificate import Certificate, Distance, LayerError, Thresholds
 from training.encoding import RowEncoder
 from training.errors import CertificateError
 from training.merge import Target, fold_adapter, merge_base, target_of
+from training.model_folder import stored_weights
 from training.products import is_autocast, products_in
 from training.reference_loss import AnswerTokens, answer_logits, answer_tokens
 from training.reference_model import ReferenceModel
@@ -187,27 +186,18 @@ def _compared(base: Base, adapter: Path, merged: Path, into: Target) -> _Weights
 
 
 def _stored(folder: Path) -> Callable[[str, Tensor], Tensor]:
-    """Reads one weight of a model folder at a time."""
-    files = {name: path for path in weight_files(folder) for name in _names(path)}
+    read = stored_weights(folder)
 
-    def read(name: str, like: Tensor) -> Tensor:
-        if name not in files:
-            raise CertificateError(f"{folder} has no weight {name}: it is no merge of this base and adapter")
-        with safe_open(files[name], "pt") as file:
-            found: Tensor = file.get_tensor(name)
-        if found.shape != like.shape:
+    def weight(name: str, like: Tensor) -> Tensor:
+        found = read(name)
+        if found is None or found.shape != like.shape:
+            shape = "is missing" if found is None else f"is {tuple(found.shape)}"
             raise CertificateError(
-                f"{folder}: {name} is {tuple(found.shape)}, and would be {tuple(like.shape)} in a merge of "
-                "this base and adapter"
+                f"{folder}: {name} {shape}, and would be {tuple(like.shape)} in a merge of these"
             )
         return found
 
-    return read
-
-
-def _names(path: Path) -> list[str]:
-    with safe_open(path, "pt") as file:
-        return list(file.keys())
+    return weight
 
 
 def _row_distance(

@@ -1,18 +1,21 @@
-"""Writes a model with its tokenizer, chat template and generation configuration as a plain model folder.
+"""Plain model folders: a model written with all that belongs to it, and weights read one at a time.
 
-It needs nothing of this project. Knows no adapters and no training.
+What is written needs nothing of this project. Knows no adapters and no training.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from adapters.base import Base
 from adapters.errors import BaseModelError
+from adapters.fingerprint import weight_files
 from adapters.quantize import progress_bars
 
 _GENERATION_FILE: Final = "generation_config.json"
@@ -57,3 +60,26 @@ def untie(model: Any, head: nn.Module) -> None:
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
+
+
+def stored_weights(folder: Path) -> Callable[[str], Tensor | None]:
+    """Reads one weight of a model folder at a time, as it is stored; None for a name that is not there.
+
+    Raises:
+        BaseNotFoundError: the folder has no weights.
+    """
+    files = {name: path for path in weight_files(folder) for name in _names(path)}
+
+    def read(name: str) -> Tensor | None:
+        if name not in files:
+            return None
+        with safe_open(files[name], "pt") as file:
+            weight: Tensor = file.get_tensor(name)
+        return weight
+
+    return read
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
