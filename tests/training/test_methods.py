@@ -20,7 +20,7 @@ from adapters.files import CARD_FILE
 from adapters.validate import validate_adapter
 from tests.adapters.bases import PROMPT, distance, logits, save_gpt2, save_tied_llama
 from tests.models import build_tiny_model
-from tests.training.bases import BaseOf, bases_in, digest, write_rows
+from tests.training.bases import BaseOf, bases_in, digest
 from training.attaching import attached
 from training.errors import RecipeError, StoppedError
 from training.merge import merge_adapter
@@ -53,11 +53,6 @@ CASES = [
 @pytest.fixture(scope="module")
 def base_of(tmp_path_factory: pytest.TempPathFactory, base_cache: Path) -> BaseOf:
     return bases_in(tmp_path_factory.mktemp("bases"), base_cache)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl")
 
 
 @pytest.fixture

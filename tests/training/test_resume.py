@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from adapters.base import Base, load_base
+from adapters.base import Base
 from quickchange.cli import main
-from tests.models import build_tiny_model
 from training.errors import CheckpointError, DataError, RecipeError
 from training.outcome import artefacts_folder
 from training.recipe import Recipe
@@ -29,16 +28,6 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_every_s": 0.001, "canary_probes": 1,
 }  # fmt: skip
 """Everything that draws random numbers in a step is on; a checkpoint after every step."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def base(folder: Path, base_cache: Path) -> Base:
-    return load_base(str(folder), purpose="train", device="cpu", cache_dir=base_cache, progress=False)
 
 
 @pytest.fixture

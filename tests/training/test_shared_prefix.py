@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapters.base import Base, load_base
-from tests.models import build_tiny_model
+from adapters.base import Base
 from training.attaching import attached
 from training.batches import IGNORED, Collator, SequenceTrainer
 from training.encoding import Example
@@ -23,16 +22,6 @@ ROWS = [
     Example((*BEGINNING, 40, 43, 60, 2), ((32, 34),)),
     Example((*BEGINNING, 44, 45, 46, 47, 48, 70, 71, 72, 2), ((35, 39),)),
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def base(folder: Path, base_cache: Path) -> Base:
-    return load_base(str(folder), purpose="train", device="cpu", cache_dir=base_cache, progress=False)
 
 
 def features(examples: list[Example]) -> list[dict[str, Any]]:
