@@ -12,6 +12,7 @@ from quickchange.commands import (
     adapters,
     certify,
     chat,
+    combine,
     demo,
     doctor,
     evaluate,
@@ -48,6 +49,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "merge": merge,
     "certify": certify,
     "extract": extract,
+    "combine": combine,
 }
 
 

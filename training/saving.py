@@ -19,6 +19,7 @@ from adapters.fingerprint import read_config
 from training.model_folder import save_model
 from training.recipe import Recipe
 
+_DEFAULT: Final = "default"  # others PEFT saves into folders of their own
 _FLOATS: Final = ("float32", "bfloat16", "float16")
 
 
@@ -33,16 +34,19 @@ def save_trained(model: Any, base: Base, recipe: Recipe, folder: Path) -> None:
     elif recipe.method == "bitfit":
         _save_biases(base, folder)
     else:
-        _save_with_peft(model, base, folder)
+        save_with_peft(model, base, folder)
 
 
-def _save_with_peft(model: Any, base: Base, folder: Path) -> None:
-    config = model.peft_config[model.active_adapter]
+def save_with_peft(model: Any, base: Base, folder: Path) -> None:
+    """The adapter that PEFT calls "default"; the same bytes for the same weights."""
+    config = model.peft_config[_DEFAULT]
     config.base_model_name_or_path = base.name  # not where it lies on this machine
     for field in ("target_modules", "feedforward_modules"):
         if getattr(config, field, None):  # PEFT's set would come in another order each time
             setattr(config, field, sorted(getattr(config, field)))
-    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    model.save_pretrained(
+        folder, safe_serialization=True, selected_adapters=[_DEFAULT], save_embedding_layers=False
+    )
     for path in folder.iterdir():
         if path.name not in ADAPTER_FILES:  # PEFT's model card, a form to be filled in
             path.unlink()
