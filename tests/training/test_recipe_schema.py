@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator, ValidationError
 
 from adapters.base import load_base
 from adapters.bundle import read_bundle
@@ -43,6 +44,25 @@ def test_the_copy_is_what_the_code_makes() -> None:
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--print-schema"]) == 0
     assert json.loads(capsys.readouterr().out) == SCHEMA
+
+
+def test_it_is_a_schema_and_every_example_is_valid_by_it() -> None:
+    Draft202012Validator.check_schema(SCHEMA)
+    validator = Draft202012Validator(SCHEMA)
+    for example in EXAMPLES:
+        validator.validate(yaml.safe_load(example.read_text()))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"rank": 0}, {"rank": "8"}, {"method": "qlor"}, {"rnak": 8}, {"trackers": "none"}, {"data": None}],
+)
+def test_it_refuses_what_the_recipe_refuses(wrong: dict[str, object]) -> None:
+    values = {"data": "rows.jsonl", "out": "out"} | wrong
+    with pytest.raises(ValidationError):
+        Draft202012Validator(SCHEMA).validate(values)
+    with pytest.raises(RecipeError):
+        recipe(**values)
 
 
 def test_it_knows_every_setting_and_no_other() -> None:
