@@ -5,6 +5,7 @@ done stays done: a study that is stopped or killed goes on where it was, within 
 """
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -14,6 +15,7 @@ import yaml  # type: ignore[import-untyped]  # PyYAML carries no types
 from adapters.durable import replace_text
 from training.errors import StoppedError, StudyError
 from training.methods import Method
+from training.metrics import METRICS
 from training.rate_search import best, first_rate, needs_trials, next_rate
 from training.study_cell import EVALUATION_FILE, about, held_out_loss, last_line, measured, scores_in
 from training.study_folder import StudyFolder
@@ -30,6 +32,7 @@ Launch = Callable[[Sequence[str], Path], Ending]
 Tell = Callable[[str], None]
 
 _SERVED_BASES: Final = ("nf4", "none")
+_TOLD: Final = ("json_equal", "exact", "chrf")
 
 
 class _CellFailedError(Exception):
@@ -54,12 +57,21 @@ def run_study(
     with StudyFolder(path, study) as folder:
         runner = _Runner(study, folder, launch, tell)
         runner.evaluate_base()
-        for number, cell in enumerate(runner.cells, start=1):
-            if runner.result(cell) is None:
-                tell(f"cell {number} of {len(runner.cells)}: {cell.name}")
-                runner.run(cell)
-                _write_report(study, folder, machine)
+        to_run = [cell for cell in runner.cells if runner.result(cell) is None]
+        began_s = time.monotonic()
+        for done, cell in enumerate(to_run):
+            left = _left(time.monotonic() - began_s, done, len(to_run))
+            tell(f"{cell.name}: cell {done + 1} of {len(to_run)} to run{left}")
+            runner.run(cell)
+            _write_report(study, folder, machine)
         return _write_report(study, folder, machine)
+
+
+def _left(seconds: float, done: int, total: int) -> str:
+    """How long the others will take if they take as long as those that are done."""
+    if not done:
+        return ""
+    return f", about {seconds / done * (total - done) / 60:.0f} min left"
 
 
 def report_study(study: Study, path: Path, *, machine: Mapping[str, Any]) -> StudyResult:
@@ -133,6 +145,7 @@ class _Runner:
         try:
             rate = self._rate(cell, trials)
             found = self._measured(cell, rate)
+            self._tell(f"  trained in {found.train_seconds / 60:.1f} min; {_scores(found)}")
         except _CellFailedError as failure:
             error = str(failure)
             self._tell(f"  failed: {error}")
@@ -234,6 +247,13 @@ def engine_for(method: Method, quantization: str) -> Engine:
     if method.saved is None:
         return "server"
     return "server" if method.why_not_served is None and quantization in _SERVED_BASES else "reference"
+
+
+def _scores(found: Measured) -> str:
+    shown = {name: found.scores[name].value for name in _TOLD if name in found.scores}
+    return ", ".join(
+        f"{METRICS[name].title} {value:.3g}" for name, value in shown.items() if value is not None
+    )
 
 
 def _rates(trials: Sequence[RateTrial]) -> list[str]:
