@@ -1,6 +1,7 @@
 """What every test shares: one thread, no network, and bases that are prepared once."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start must hear Ctrl-C
     library = config.getoption("--native-library")
     if library is not None:
         import kernels.library

@@ -38,7 +38,20 @@ class LengthBuckets(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * _EPOCHS + self.epoch)
         order = get_length_grouped_indices(self._lengths, self._rows_per_step, generator=generator)
-        return iter(order)
+        return iter(_steps_shuffled(order, self._rows_per_step, generator))
+
+
+def _steps_shuffled(order: Sequence[int], rows: int, generator: torch.Generator) -> list[int]:
+    """The same steps in another order: grouping alone has long rows before short ones, again and again.
+
+    What a model saw last weighs most, and steps of ever shorter rows pull it their way. The longest row stays
+    in the first step, where too little memory shows at once; a step that is not full stays the last.
+    """
+    steps = [list(order[first : first + rows]) for first in range(0, len(order), rows)]
+    full = max(len(order) // rows, 1)
+    middle = steps[1:full]
+    shuffled = [middle[place] for place in torch.randperm(len(middle), generator=generator).tolist()]
+    return [row for step in (steps[0], *shuffled, *steps[full:]) for row in step]
 
 
 class EpochCounter(TrainerCallback):  # type: ignore[misc]  # transformers is not typed

@@ -270,7 +270,7 @@ def test_merge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
             raise UnsupportedBaseError("odd cannot be quantised")
         if out == tmp_path:
             raise FileExistsError(f"{out} exists already")
-        return training.merge.MergeReport(out, base, "f", "d", options["dtype"], 7, 1.25)
+        return training.merge.MergeReport(out, base, "f", "d", options["into"], options["dtype"], 7, 1.25)
 
     monkeypatch.setattr(training.merge, "merge_adapter", merged)
     argv = ("merge", "--adapter", "a", "--dtype", "float32")
