@@ -6,7 +6,7 @@ in memory one after the other.
 N tokens of a row's reference answer, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import eq
@@ -54,8 +54,8 @@ def certify(
         cases: questions and answers that the adapter did not learn.
 
     Raises:
-        CertificateError: the rows are too many, or the folder is no merge of these.
-        AdapterError, BaseModelError, DataError: something cannot be read.
+        CertificateError: the rows are too many.
+        AdapterError, BaseModelError, DataError: something cannot be read, or the folder is no merge of these.
     """
     quantized: dict[str, Any] = {
         "quantization": quantization,
@@ -165,12 +165,12 @@ def _compared(base: Base, adapter: Path, merged: Path, into: Target) -> _Weights
     """Every weight of the folder beside base + adapter in float32.
 
     Raises:
-        CertificateError: the folder lacks a weight, or has one of another shape.
+        BaseModelError: the folder lacks a weight, or has one of another shape.
     """
     before = {name: weight.clone() for name, weight in base.model.named_parameters()}
     folded = fold_adapter(base, adapter, into)
     layers, unchanged, dtypes = [], 0.0, set()
-    stored = _stored(merged)
+    stored = stored_weights(merged)
     for name, expected in base.model.named_parameters():
         found = stored(name, expected)
         dtypes.add(str(found.dtype).removeprefix("torch."))
@@ -183,21 +183,6 @@ def _compared(base: Base, adapter: Path, merged: Path, into: Target) -> _Weights
         else:
             unchanged = max(unchanged, of_weight)
     return _Weights(folded.digest, ", ".join(sorted(dtypes)), tuple(layers), unchanged)
-
-
-def _stored(folder: Path) -> Callable[[str, Tensor], Tensor]:
-    read = stored_weights(folder)
-
-    def weight(name: str, like: Tensor) -> Tensor:
-        found = read(name)
-        if found is None or found.shape != like.shape:
-            shape = "is missing" if found is None else f"is {tuple(found.shape)}"
-            raise CertificateError(
-                f"{folder}: {name} {shape}, and would be {tuple(like.shape)} in a merge of these"
-            )
-        return found
-
-    return weight
 
 
 def _row_distance(

@@ -62,20 +62,25 @@ def untie(model: Any, head: nn.Module) -> None:
     model.all_tied_weights_keys = {}
 
 
-def stored_weights(folder: Path) -> Callable[[str], Tensor | None]:
-    """Reads one weight of a model folder at a time, as it is stored; None for a name that is not there.
+def stored_weights(folder: Path) -> Callable[[str, Tensor], Tensor]:
+    """Reads one weight of a model folder at a time, as it is stored: by its name, of the shape of another.
 
     Raises:
-        BaseNotFoundError: the folder has no weights.
+        BaseModelError: the folder has no weights; on reading, it has no such one.
     """
     files = {name: path for path in weight_files(folder) for name in _names(path)}
 
-    def read(name: str) -> Tensor | None:
-        if name not in files:
-            return None
-        with safe_open(files[name], "pt") as file:
-            weight: Tensor = file.get_tensor(name)
-        return weight
+    def read(name: str, like: Tensor) -> Tensor:
+        shape = "is missing"
+        if name in files:
+            with safe_open(files[name], "pt") as file:
+                weight: Tensor = file.get_tensor(name)
+            if weight.shape == like.shape:
+                return weight
+            shape = f"is {tuple(weight.shape)}"
+        raise BaseModelError(
+            f"{folder}: {name} {shape}, {tuple(like.shape)} is expected; give the base it was made from"
+        )
 
     return read
 

@@ -147,7 +147,7 @@ def test_a_model_that_changes_nothing(
 
 def test_another_architecture_is_refused(folder: Path, tmp_path: Path, base_cache: Path) -> None:
     other = build_tiny_model(tmp_path / "other", "qwen2")
-    with pytest.raises(BaseModelError, match="give the base it was trained from"):
+    with pytest.raises(BaseModelError, match="give the base it was made from"):
         extract(folder, other, base_cache, 2)
 
 
