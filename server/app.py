@@ -125,6 +125,7 @@ class Server:
             eos_token_ids=base.eos_token_ids,
             chat_template=base.chat_template,
             canary_timeout_s=settings.grpc.canary_timeout_s,
+            max_waiting_requests=settings.engine.max_waiting_requests,
         )
         self._desk = UploadDesk(store, admission, settings, self._metrics, self._workers)
         self._health = HealthService(_SERVICES)

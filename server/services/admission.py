@@ -42,12 +42,13 @@ class Admission:
         eos_token_ids: frozenset[int],
         chat_template: str | None,
         canary_timeout_s: float,
+        max_waiting_requests: int,
     ) -> None:
         self._store, self._engine, self._layout, self._workers = store, engine, layout, workers
         self._max_rank = max_rank
         self._eos_token_ids, self._chat_template = eos_token_ids, chat_template
-        self._replay = CanaryReplay(engine, canary_timeout_s)
-        self._replaying = asyncio.Lock()  # one at a time: canaries go beside real work, not instead of it
+        self._replay = CanaryReplay(engine, canary_timeout_s, max_waiting_requests)
+        self._replaying = asyncio.Lock()  # one canary at a time: they go beside real work, not instead of it
 
     async def admit(self, folder: Path, publish: Callable[[AdapterFacts, ValidationReport], T]) -> T:
         """Checks a staged folder, and publishes it if every check passes.
