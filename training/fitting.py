@@ -24,7 +24,7 @@ from training.footprint import peak_bytes
 from training.keeping import BestKeeper, CheckpointKeeper
 from training.noise import noisy_embeddings
 from training.optimizers import optimizer_name, own_optimizer
-from training.order import EpochCounter, LengthBuckets
+from training.order import EpochCounter, RowOrder
 from training.processes import Processes
 from training.products import is_autocast, name_of
 from training.prompts import TrailingPads
@@ -108,10 +108,12 @@ def fit(
     best = None
     if recipe.early_stopping is not None:
         best = BestKeeper(recipe.early_stopping, run.checkpoint)
-    order = LengthBuckets(
+    collator = _collator(base, data, recipe)
+    order = RowOrder(
         [sum(len(example.token_ids) for example in pack) for pack in data.sequences],
         rows_per_step=recipe.batch_size * recipe.gradient_accumulation * processes.count,
         seed=recipe.seed,
+        padded=isinstance(collator, Collator | TrailingPads),
     )
     with _tracked(recipe, run, processes) as trackers, noisy_embeddings(base.model, recipe.neftune_alpha):
         arguments = _arguments(recipe, base, data, products, run.folder, processes)
@@ -120,7 +122,7 @@ def fit(
             args=arguments,
             train_dataset=Sequences(data.sequences),
             eval_dataset=Sequences(data.held_out) if data.held_out else None,
-            data_collator=_collator(base, data, recipe),
+            data_collator=collator,
             optimizers=(own_optimizer(model, arguments, recipe), None),
             callbacks=[
                 EpochCounter(order, _steps_per_epoch(recipe, data, processes)),
@@ -168,10 +170,10 @@ class _OrderedTrainer(SequenceTrainer):
     last batch with rows of the first.
     """
 
-    order: LengthBuckets
+    order: RowOrder
     processes: Processes
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthBuckets:
+    def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
         return self.order
 
     def get_train_dataloader(self) -> Any:
@@ -192,7 +194,7 @@ class _OrderedTrainer(SequenceTrainer):
             loss = self.accelerator.reduce(loss, reduction="mean")
         return loss, logits, labels
 
-    def _shares(self, rows: Any, order: LengthBuckets | range, batch_size: int) -> Any:
+    def _shares(self, rows: Any, order: RowOrder | range, batch_size: int) -> Any:
         return shares_of(
             rows,
             order,

@@ -9,7 +9,7 @@ from adapters.support import supported_config
 from adapters.text import generation_config, text_of
 from training.data import TrainingData, prepare
 from training.encoding import RowEncoder
-from training.order import LengthBuckets
+from training.order import RowOrder
 from training.packing import Pack
 from training.recipe import Recipe
 from training.row_lengths import Rows
@@ -56,7 +56,8 @@ def _batches(data: TrainingData, recipe: Recipe, processes: int) -> Iterator[lis
     """Those of the first epochs, up to max_steps."""
     lengths = [_tokens(pack) for pack in data.sequences]
     passes = recipe.gradient_accumulation * processes
-    order = LengthBuckets(lengths, recipe.batch_size * passes, recipe.seed)
+    padded = not (recipe.packing or _joins_rows(recipe))
+    order = RowOrder(lengths, recipe.batch_size * passes, recipe.seed, padded=padded)
     left = None if recipe.max_steps is None else recipe.max_steps * passes
     for epoch in range(min(_EPOCHS_LOOKED_AT, math.ceil(recipe.epochs))):
         order.epoch = epoch
@@ -70,8 +71,7 @@ def _batch(packs: Sequence[Pack], recipe: Recipe, shape: ModelShape) -> tuple[in
     """Tokens a row, logits a row, whether the rows are one sequence."""
     width = max(map(_tokens, packs))
     kept = 1 + max(_kept(pack) for pack in packs)
-    alone = recipe.kind.family in ("prefix", "prompt")  # what is learned stands before each row
-    if alone or recipe.packing or not recipe.share_prefixes or recipe.neftune_alpha:
+    if not _joins_rows(recipe):
         return width, kept, False
     examples = [example for pack in packs for example in pack]
     shared = common_beginning(examples)
@@ -80,6 +80,12 @@ def _batch(packs: Sequence[Pack], recipe: Recipe, shape: ModelShape) -> tuple[in
         return width, kept, False
     learned = 1 + sum(example.learned_tokens for example in examples)
     return math.ceil(together / len(examples)), math.ceil(learned / len(examples)), True
+
+
+def _joins_rows(recipe: Recipe) -> bool:
+    """Whether rows that begin alike are one sequence, without padding."""
+    alone = recipe.kind.family in ("prefix", "prompt")  # what is learned stands before each row
+    return recipe.share_prefixes and not (alone or recipe.packing or recipe.neftune_alpha)
 
 
 def _work(shape: ModelShape, rows: int, tokens: int) -> float:

@@ -152,9 +152,9 @@ class _Run:
         if difference > self._canary.tolerance:
             raise CanaryMismatchError(
                 f"it does not answer as it was trained: log-probabilities of the canary differ by "
-                f"{difference:.4f} after {self.compared} of {self._canary.steps} tokens, and rounding explains "
-                f"{self._canary.tolerance:.4f}; were its files mixed up with another adapter's? record a new "
-                "canary by training again, or remove it from quickchange.json"
+                f"{difference:.4f} after {self.compared} of {self._canary.steps} tokens, and rounding "
+                f"explains {self._canary.tolerance:.4f}; were its files mixed up with another adapter's? "
+                "record a new canary by training again, or remove it from quickchange.json"
             )
 
     async def _answer(self, probe: Probe, at: int) -> AsyncGenerator[TokenLogprob]:
