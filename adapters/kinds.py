@@ -10,11 +10,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Final
 
 from adapters.facts import Method
 from adapters.layout import ModuleShape
 
 Shapes = Mapping[str, tuple[int, int]]
+
+MAX_VIRTUAL_TOKENS: Final = 4096
+"""Learned positions before a prompt, of those that are trained and evaluated here."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,10 @@ import torch
 from peft import PeftModel
 
 from adapters.base import Base
-from adapters.bundle import Bundle, read_bundle
-from adapters.errors import WrongBaseError
+from adapters.bundle import read_bundle
 from adapters.files import CARD_FILE
-from adapters.validate import validate_adapter
-from training.encoding import RowEncoder
-from training.peft_configs import wrapped
-from training.unserved_folder import (
+from adapters.fold import checked_bundle
+from adapters.unserved_folder import (
     Kind,
     UnservedFolder,
     biases_to_change,
@@ -27,6 +24,9 @@ from training.unserved_folder import (
     load_vectors,
     read_unserved,
 )
+from adapters.validate import validate_adapter
+from adapters.wrapping import wrapped
+from training.encoding import RowEncoder
 from training.untouched import Untouched
 
 _MAX_RANK: Final = 1024  # as training allows
@@ -73,22 +73,6 @@ def encoder_for(base: Base, adapter: Path | None) -> RowEncoder:
     bundle = None if adapter is None else read_bundle(adapter)
     template = base.chat_template if bundle is None or bundle.chat_template is None else bundle.chat_template
     return RowEncoder(base.tokenizer, template, base.eos_token_ids, base.max_context_tokens)
-
-
-def checked_bundle(folder: Path, base: Base) -> Bundle | None:
-    """An adapter's manifest; None if it has none.
-
-    Raises:
-        WrongBaseError: it says that the adapter was trained on another base, or another quantisation of it.
-        AdapterError: it cannot be read.
-    """
-    bundle = read_bundle(folder)
-    if bundle is not None and bundle.base_fingerprint != base.fingerprint:
-        raise WrongBaseError(
-            f"{folder} was trained on base {bundle.base_fingerprint}; {base.name} as {base.scheme.name} is "
-            f"{base.fingerprint}; give the base and quantisation it was trained on"
-        )
-    return bundle
 
 
 def _applied(base: Base, folder: Path) -> Applied:

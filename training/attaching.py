@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from adapters.base import Base
+from adapters.wrapping import wrapped
 from training.errors import RecipeError
 from training.initial import begin_with_lost, ordinary_lora, pissa_config, trained_factors
-from training.peft_configs import peft_config, wrapped
+from training.peft_configs import peft_config
 from training.products import products_in
 from training.recipe import Recipe
 from training.targets import adapted_modules, check_rank, target_modules

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from adapters.base import Base, load_base
+from adapters.fold import checked_bundle
+from adapters.model_folder import stored_weights
 from adapters.quantize import Quantization, Scheme
-from training.applied import applied, checked_bundle, encoder_for
+from training.applied import applied, encoder_for
 from training.cases import Answer, Case
 from training.certificate import Certificate, Distance, LayerError, Thresholds
 from training.encoding import RowEncoder
 from training.errors import CertificateError
 from training.merge import Target, fold_adapter, merge_base, target_of
-from training.model_folder import stored_weights
 from training.products import is_autocast, products_in
 from training.reference_loss import AnswerTokens, answer_logits, answer_tokens
 from training.reference_model import ReferenceModel

@@ -20,12 +20,12 @@ from adapters.bundle import read_bundle
 from adapters.cache import publish_folder
 from adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 from adapters.files import BUNDLE_FILE, CARD_FILE
+from adapters.fold import checked_bundle
 from adapters.quantize import Quantization
+from adapters.unserved_folder import unserved_kind
 from adapters.validate import validate_adapter
-from training.applied import checked_bundle
 from training.provenance import manifest_of
 from training.saving import save_with_peft
-from training.unserved_folder import unserved_kind
 
 Combination = Literal[
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd"

@@ -26,9 +26,9 @@ from adapters.cache import publish_folder
 from adapters.errors import BaseModelError
 from adapters.files import BUNDLE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from adapters.fingerprint import read_config
+from adapters.model_folder import stored_weights
 from adapters.quantize import Quantization
 from adapters.validate import validate_adapter
-from training.model_folder import stored_weights
 from training.provenance import manifest_of
 
 _EXACT_SIZE: Final = 2048

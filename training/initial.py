@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from adapters.base import Base, source_model
 from adapters.layout import BaseLayout
 from adapters.quantize import plain_weight
-from training.peft_configs import lora_config, wrapped
+from adapters.wrapping import wrapped
+from training.peft_configs import lora_config
 from training.recipe import Recipe
 from training.untouched import Untouched
 

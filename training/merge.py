@@ -3,34 +3,24 @@
 The adapter was trained against the NF4 base, so it is folded into exactly those weights, dequantised: in
 float32, rounded once. The sum may be quantised again, as a server with an NF4 base would have it, or the
 adapter folded into the original 16-bit weights: both lose what training corrected, and are labelled. The
-model is a private copy; a base being served is never touched. DoRA, IA³ and biases, which no server applies,
-are folded by training/unserved.py.
-
-R rank, D in-features, O out-features.
+model is a private copy; a base being served is never touched. The arithmetic is in adapters/fold.py.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from adapters.base import Base, dequantized_base
 from adapters.bundle import Bundle
 from adapters.cache import publish_folder
 from adapters.errors import BaseModelError
-from adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_bounded
-from adapters.measures import in_digest_order, measure
+from adapters.fold import checked_bundle, fold_folder, oriented
+from adapters.model_folder import save_model
 from adapters.quantize import Quantization, Scheme, requantized
-from adapters.spec import MAX_CONFIG_BYTES, parse_spec
-from adapters.weights import LoraPair, load_pairs
-from training.applied import checked_bundle
-from training.model_folder import save_model, untie
-from training.unserved import Folded, fold_unserved
+from adapters.unserved import Folded
 from training.versions import installed_versions
 
 MERGE_FILE = "merge.json"
@@ -160,8 +150,7 @@ def fold_adapter(base: Base, folder: Path, into: Target) -> Folded:
     Raises:
         AdapterError: it is malformed, cannot be folded, or does not fit the base.
     """
-    bundle = checked_bundle(folder, base)
-    folded = fold_unserved(base, folder) or _fold_served(base, folder, bundle)
+    folded = fold_folder(base, folder)
     if into == "requantized":
         _quantize_again(base)
     return folded
@@ -173,33 +162,7 @@ def _quantize_again(base: Base) -> None:
     for name in base.layout.modules:
         if name != base.layout.head:
             layer = base.model.get_submodule(name)
-            layer.weight.copy_(_oriented(requantized(_oriented(layer.weight, layer), base.scheme), layer))
-
-
-@torch.no_grad()
-def fold(base: Base, pairs: Mapping[str, LoraPair], scalings: Mapping[str, float]) -> None:
-    """Adds every update to its layer's float32 weight, in place: W += scaling · B @ A."""
-    for name, pair in pairs.items():
-        layer = base.model.get_submodule(name)
-        if name == base.layout.head:
-            untie(base.model, layer)
-        delta_OD = (pair.b_OR.float() @ pair.a_RD.float()) * scalings[name]
-        layer.weight += _oriented(delta_OD, layer)
-
-
-def _fold_served(base: Base, folder: Path, bundle: Bundle | None) -> Folded:
-    """What servers apply, read as they read it."""
-    spec = parse_spec(read_bounded(folder / CONFIG_FILE, MAX_CONFIG_BYTES))
-    pairs = load_pairs(folder / WEIGHTS_FILE, spec, base.layout)
-    scalings = {module: scaling for module, (_, scaling) in spec.ranks_and_scalings(base.layout).items()}
-    measures = measure(spec, bundle, scalings, ((name, pairs[name]) for name in in_digest_order(pairs)))
-    fold(base, pairs, scalings)
-    return Folded(measures.digest, len(pairs), measures.delta_norm)
-
-
-def _oriented(weight: Tensor, layer: nn.Module) -> Tensor:
-    """Between [O, D] and what the layer keeps."""
-    return weight.T if isinstance(layer, Conv1D) else weight
+            layer.weight.copy_(oriented(requantized(oriented(layer.weight, layer), base.scheme), layer))
 
 
 def _save(folder: Path, base: Base, bundle: Bundle | None, report: MergeReport) -> None:

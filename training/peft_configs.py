@@ -1,6 +1,5 @@
-"""What PEFT is asked for, method by method, and asking it. Knows no weights."""
+"""What PEFT is asked for, method by method. Knows no weights."""
 
-import warnings
 from typing import Any
 
 from peft import (
@@ -9,7 +8,6 @@ from peft import (
     PrefixTuningConfig,
     PromptTuningConfig,
     PromptTuningInit,
-    get_peft_model,
 )
 
 from adapters.layout import BaseLayout
@@ -34,17 +32,6 @@ def peft_config(recipe: Recipe, layout: BaseLayout) -> Any:
             return PrefixTuningConfig(num_virtual_tokens=recipe.virtual_tokens, task_type=_TASK)
         case _:
             return _prompt_config(recipe)
-
-
-def wrapped(model: Any, config: Any) -> Any:
-    """The model with PEFT's own modules in the places that the configuration means.
-
-    Raises:
-        ValueError: PEFT does not do that with this architecture.
-    """
-    with warnings.catch_warnings():  # PEFT asks by a name that transformers has renamed
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, config)
 
 
 def lora_config(recipe: Recipe, layout: BaseLayout) -> LoraConfig:

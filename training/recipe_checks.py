@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
 
+from adapters.kinds import MAX_VIRTUAL_TOKENS
 from training.errors import RecipeError
 from training.methods import METHODS, OWN_SETTINGS, Method, Quantization
 
@@ -33,8 +34,6 @@ _CHOICES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "promote_metric": get_args(PromoteMetric),
     }
 )
-MAX_VIRTUAL_TOKENS: Final = 4096
-"""Learned positions before a prompt."""
 
 # Kind of number, lowest and highest value that make sense, both allowed.
 RANGES: Final[Mapping[str, tuple[type, float, float]]] = MappingProxyType(

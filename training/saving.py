@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.base import Base, source_model
 from adapters.files import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE
 from adapters.fingerprint import read_config
-from training.model_folder import save_model
+from adapters.model_folder import save_model
 from training.recipe import Recipe
 
 _DEFAULT: Final = "default"  # others PEFT saves into folders of their own

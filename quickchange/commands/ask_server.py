@@ -196,7 +196,7 @@ def _check_same(args: argparse.Namespace, found: str, served: str) -> None:
 def _check_served(folder: Path) -> None:
     """Finds out before a server is started whether it would apply the folder."""
     from adapters.files import CONFIG_FILE
-    from training.unserved_folder import unserved_kind
+    from adapters.unserved_folder import unserved_kind
 
     if not (folder / CONFIG_FILE).is_file():
         return  # the client says what is missing

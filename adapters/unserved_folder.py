@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from adapters.base import Base
 from adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 from adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_bounded
+from adapters.kinds import MAX_VIRTUAL_TOKENS
 from adapters.spec import MAX_CONFIG_BYTES, parse_spec
 from adapters.strict_json import brief, parse_object
-from training.recipe_checks import MAX_VIRTUAL_TOKENS
 
 Kind = Literal["dora", "ia3", "biases", "prefix", "prompt"]
 

@@ -1,6 +1,6 @@
 """Folds into a plain model what no server applies: DoRA, IA³ and biases. Knows no server.
 
-What such a folder may hold training/unserved_folder.py checks. PEFT then does the arithmetic, in float32.
+What such a folder may hold adapters/unserved_folder.py checks. PEFT then does the arithmetic, in float32.
 """
 
 import hashlib
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from adapters.base import Base
 from adapters.files import CONFIG_FILE, WEIGHTS_FILE
-from training.model_folder import untie
-from training.peft_configs import wrapped
-from training.unserved_folder import biases_to_change, load_modules, read_unserved, unserved_kind
+from adapters.model_folder import untie
+from adapters.unserved_folder import biases_to_change, load_modules, read_unserved, unserved_kind
+from adapters.wrapping import wrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,14 @@ def fold_unserved(base: Base, folder: Path) -> Folded | None:
     if adapter.kind == "biases":
         return _folded(folder, _put_in(base, adapter.tensors))
     return _folded(folder, _fold(base, adapter.peft, adapter.tensors))
+
+
+def unserved_digest(folder: Path) -> str:
+    """ "sha256:…" over the bytes of such a folder's two files."""
+    content = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        content.update((folder / name).read_bytes())
+    return f"sha256:{content.hexdigest()}"
 
 
 @torch.no_grad()
@@ -92,7 +100,4 @@ def _square(change: Tensor) -> float:
 
 
 def _folded(folder: Path, squares: list[float]) -> Folded:
-    content = hashlib.sha256()
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        content.update((folder / name).read_bytes())
-    return Folded(f"sha256:{content.hexdigest()}", len(squares), math.sqrt(sum(squares)))
+    return Folded(unserved_digest(folder), len(squares), math.sqrt(sum(squares)))
