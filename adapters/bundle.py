@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from adapters.canary import Canary, parse_canary
 from adapters.errors import InvalidAdapterError, UnsupportedAdapterError, WrongBaseError
 from adapters.files import BUNDLE_FILE, read_bounded
+from adapters.layout import BaseLayout
 from adapters.origin import Origin, parse_origin
 from adapters.strict_json import brief, parse_object
 
@@ -85,13 +86,27 @@ def read_bundle(directory: Path) -> Bundle | None:
     return parse_bundle(read_bounded(path, MAX_BUNDLE_BYTES))
 
 
-def check_base(declared: str, resident: str) -> None:
-    """Whether an adapter was made for the resident base, by their fingerprints; WrongBaseError if not."""
-    if declared != resident:
+def check_base(declared: str | None, resident: BaseLayout) -> None:
+    """Whether an adapter was made for the resident base, by their fingerprints; WrongBaseError if not.
+
+    Args:
+        declared: None if the adapter does not say.
+    """
+    if declared == resident.fingerprint or (declared is None and not resident.merged):
+        return
+    made_for = (
+        "does not say for which base it was made" if declared is None else f"was made for base {declared}"
+    )
+    if resident.merged:
         raise WrongBaseError(
-            f"the adapter was made for base {declared}, the server has {resident}; "
-            "send it to a server with its base, or train it on this one"
+            f"the adapter {made_for}, and this server's base has {resident.merged} merged into it and is "
+            f"{resident.fingerprint}; ask a server of the bare base, or train on the merged one, which "
+            f"{BUNDLE_FILE} then says"
         )
+    raise WrongBaseError(
+        f"the adapter {made_for}, the server has {resident.fingerprint}; "
+        "send it to a server with its base, or train it on this one"
+    )
 
 
 def check_text(bundle: Bundle, eos_token_ids: Set[int], chat_template: str | None) -> str:

@@ -21,8 +21,11 @@ class BaseLayout:
             the output head included.
         head: name of the output head, which PEFT's "all-linear" leaves out; None if the model has none.
         fingerprint: "sha256:…" of base weights, configuration and quantisation scheme.
+        merged: the adapter that is folded into the base's weights; empty if none is. Adapters must then say
+            that they were made for this base, since all others were made for the bare one.
     """
 
     modules: Mapping[str, ModuleShape]
     head: str | None
     fingerprint: str
+    merged: str = ""

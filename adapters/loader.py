@@ -90,8 +90,7 @@ class AdapterLoader:
 
     def _check_base(self, folder: Path) -> None:
         bundle = read_bundle(folder)
-        if bundle is not None:
-            check_base(bundle.base_fingerprint, self._layout.fingerprint)
+        check_base(bundle.base_fingerprint if bundle else None, self._layout)
 
     def _verify(self, digest: str) -> None:
         try:

@@ -344,9 +344,7 @@ class AdapterResidency:
 
 def _bytes_of(store: AdapterStore, layout: BaseLayout, dtype: torch.dtype, digest: str) -> int:
     """Of an adapter of this base; WrongBaseError for any other, before somebody makes room for it."""
-    declared = store.declared_base_of(digest)
-    if declared is not None:
-        check_base(declared, layout.fingerprint)
+    check_base(store.declared_base_of(digest), layout)
     return bytes_of(store.facts_of(digest), layout, dtype)
 
 

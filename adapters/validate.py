@@ -144,9 +144,9 @@ class _Examiner:
         return ", ".join(self._bundle.canonical())
 
     def _check_base(self) -> str:
+        check_base(self._bundle.base_fingerprint if self._bundle else None, self._layout)
         if self._bundle is None:
             return _Skipped("the adapter does not say for which base it was made")
-        check_base(self._bundle.base_fingerprint, self._layout.fingerprint)
         return "the one it was made for"
 
     def _check_modules(self) -> str:

@@ -167,6 +167,10 @@ def collection(response: adapters_pb2.CollectGarbageResponse) -> types.Collectio
     )
 
 
+def _merged(message: server_pb2.MergedAdapter) -> types.MergedAdapter:
+    return types.MergedAdapter(_resolved(message.adapter), message.into, message.bare_base_fingerprint)
+
+
 def server_info(response: server_pb2.GetServerInfoResponse) -> types.ServerInfo:
     limits, capacity, steps = response.limits, response.capacity, response.steps
     return types.ServerInfo(
@@ -201,6 +205,7 @@ def server_info(response: server_pb2.GetServerInfoResponse) -> types.ServerInfo:
             max_adapters_in_step=steps.max_adapters_in_step,
             tokens_computed=steps.tokens_computed,
         ),
+        merged=_merged(response.merged) if response.HasField("merged") else None,
     )
 
 

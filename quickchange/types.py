@@ -397,8 +397,28 @@ class StepStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class MergedAdapter:
+    """What is folded into a server's base and answers requests that name it, or no adapter.
+
+    Attributes:
+        adapter: the version; of a folder its name, and version 0.
+        into: "dequantized" is the live adapter; "requantized", in 4 bits again, is not quite it.
+        bare_base_fingerprint: of the base without it.
+    """
+
+    adapter: ResolvedAdapter
+    into: str
+    bare_base_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What serves, and how full it is."""
+    """What serves, and how full it is.
+
+    Attributes:
+        base_fingerprint: adapters must have been made for it; with an adapter merged in, of both together.
+        merged: None if the base is bare.
+    """
 
     version: str
     base_model: str
@@ -409,3 +429,4 @@ class ServerInfo:
     limits: Limits
     capacity: Capacity
     steps: StepStatistics
+    merged: MergedAdapter | None = None

@@ -17,7 +17,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from adapters.base import Base, load_base
+from adapters.base import Base
 from adapters.errors import AdapterError, BaseModelError
 from adapters.quota import StoreQuota
 from adapters.remote import RemotePlace
@@ -36,8 +36,11 @@ from server.chat import PromptEncoder
 from server.config import MIB, ServerSettings
 from server.engine import Engine
 from server.memory import OutOfMemoryAtStartError
+from server.merged import MergedAdapter
 from server.metrics import Metrics, MetricsEndpoint
 from server.request import Failed, Request, SamplingParams
+from server.resident import load_bare, load_merged
+from server.services import convert
 from server.services.adapters import AdapterService
 from server.services.admission import Admission
 from server.services.catalogue import Catalogue
@@ -90,8 +93,8 @@ def serve(settings: ServerSettings) -> int:
         _check_free("--port", settings.grpc.host, settings.grpc.port)
         _check_free("--metrics-port", settings.metrics.host, settings.metrics.port)
         with _open_store(settings) as store:
-            base = _load_base(settings)
-            return asyncio.run(Server(settings, base, store).run())
+            base, merged = _load_base(settings, store)
+            return asyncio.run(Server(settings, base, store, merged).run())
     except (StartError, BaseModelError, AdapterError, OutOfMemoryAtStartError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -100,16 +103,19 @@ def serve(settings: ServerSettings) -> int:
 class Server:
     """One process's parts, wired together. `run` is its life."""
 
-    def __init__(self, settings: ServerSettings, base: Base, store: AdapterStore) -> None:
+    def __init__(
+        self, settings: ServerSettings, base: Base, store: AdapterStore, merged: MergedAdapter | None = None
+    ) -> None:
         self._settings = settings
         self._base = base
+        self._merged = merged
         self._store = store
         self._metrics = Metrics(adapter_series_cap=settings.metrics.adapter_series_cap)
         self._engine = Engine(base, store, settings.engine, self._metrics)
         self._workers = Workers(settings.grpc.worker_threads)
         self._prompts = PromptEncoder(base.tokenizer, base.chat_template, settings.grpc.max_prompt_bytes)
         self._replica = Replica(store, settings.store.refresh_s) if isinstance(store, ReplicaStore) else None
-        self._catalogue = Catalogue(store, self._engine, self._workers, self._replica)
+        self._catalogue = Catalogue(store, self._engine, self._workers, self._replica, merged)
         self._feed = ChangeFeed(store, self._engine, self._catalogue, self._workers)
         self._housekeeper = Housekeeper(
             self._catalogue,
@@ -254,6 +260,7 @@ class Server:
             quantization=base.quantization,
             device=base.device.type,
             dtype=str(base.dtype).removeprefix("torch."),
+            merged=None if self._merged is None else convert.merged(self._merged),
             limits=server_pb2.Limits(
                 max_context_tokens=self._engine.max_context_tokens,
                 max_running_requests=engine.max_running_requests,
@@ -343,19 +350,13 @@ def _open_replica(url: str, cache: Path, reserve_bytes: int) -> ReplicaStore:
     return store
 
 
-def _load_base(settings: ServerSettings) -> Base:
-    base = settings.base
-    return load_base(
-        base.source,
-        purpose="serve",
-        quantization=base.quantization,
-        dtype=base.dtype,
-        device=base.device,
-        kernels=base.kernels,
-        matmul_precision=base.matmul_precision,
-        cache_dir=base.cache_dir,
-        progress=sys.stderr.isatty(),
-    )
+def _load_base(settings: ServerSettings, store: AdapterStore) -> tuple[Base, MergedAdapter | None]:
+    if settings.base.merged is None:
+        return load_bare(settings.base), None
+    try:
+        return load_merged(settings, store)
+    except (AdapterError, OutOfMemoryAtStartError) as error:
+        raise StartError(f"--merged {settings.base.merged}: {error}") from None
 
 
 def _check_free(flag: str, host: str, port: int) -> None:

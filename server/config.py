@@ -47,6 +47,31 @@ class BaseSettings(Section):
     cache_dir: Annotated[
         Path | None, About("where converted bases are kept; unset: ~/.cache/quickchange")
     ] = None
+    merged: Annotated[
+        str | None,
+        About(
+            "adapter to fold into the base: as requests name one in the store, or a folder such as ./sql-lora"
+        ),
+    ] = None
+    merged_into: Annotated[
+        Literal["auto", "dequantized", "requantized"],
+        About(
+            "what base and adapter become: dequantized weights are the live adapter, requantized ones as "
+            "small and fast as the base; auto: as the base is quantized"
+        ),
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        if self.merged_into != "auto" and self.merged is None:
+            raise RangeError(
+                "merged_into", f"is {self.merged_into}, but there is nothing to merge; give merged"
+            )
+        if self.merged_into == "requantized" and self.quantization == "none":
+            raise RangeError(
+                "merged_into",
+                "is requantized, but a base of quantization none has no 4-bit weights; leave it unset",
+            )
 
 
 @dataclass(frozen=True, slots=True)

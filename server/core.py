@@ -284,7 +284,7 @@ class EngineCore:
             generation.duration_s,
             generation.sequence.prompt_length,
             generated,
-            request.adapter.name if request.adapter else "",
+            request.answers_as.name if request.answers_as else "",
         )
 
     def _settle_loads(self) -> None:

@@ -45,7 +45,7 @@ def plan_memory(
     Raises:
         OutOfMemoryAtStartError: the key/value budget does not hold one block.
     """
-    free_bytes = _free_bytes(device)
+    free_bytes = memory_free_on(device)
     block_bytes = kv_bytes_per_token * settings.block_tokens
     kv_bytes = settings.kv_bytes or _default_kv_bytes(free_bytes, device)
     running_blocks = settings.max_running_requests * -(-max_context_tokens // settings.block_tokens)
@@ -92,7 +92,8 @@ def _host_tier_bytes(settings: EngineSettings, device: torch.device) -> int:
     return min(int(psutil.virtual_memory().available * _HOST_SHARE), _HOST_TIER_LIMIT_BYTES)
 
 
-def _free_bytes(device: torch.device) -> int:
+def memory_free_on(device: torch.device) -> int:
+    """Bytes that a device, or the host for a CPU, has left now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)

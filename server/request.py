@@ -113,6 +113,8 @@ class Request:
 
     Attributes:
         adapter: None for the base.
+        merged: what is in the base's weights already, and is told and counted like an adapter; None if
+            nothing is, or if another adapter is applied.
         adapter_scale: multiplies the adapter's update.
         n: answers wanted, each with random numbers of its own.
         priority: larger goes first.
@@ -127,11 +129,17 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     adapter: AdapterIdentity | None = None
+    merged: AdapterIdentity | None = None
     adapter_scale: float = 1.0
     n: int = 1
     priority: int = 0
     cache_salt: str = ""
     deadline_s: float | None = None
+
+    @property
+    def answers_as(self) -> AdapterIdentity | None:
+        """Whose answer it is, whichever way the adapter is there; None for the base."""
+        return self.adapter or self.merged
 
     def __post_init__(self) -> None:
         _require_range("adapter_scale", self.adapter_scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)

@@ -31,11 +31,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _merged(info: ServerInfo) -> dict[str, str]:
+    """Nothing of a bare base."""
+    if info.merged is None:
+        return {}
+    adapter = info.merged.adapter
+    label = f"{adapter.name}@{adapter.version}" if adapter.version else adapter.name
+    note = "" if info.merged.into == "dequantized" else ", which is not quite the live adapter"
+    return {
+        "merged": f"{label} ({adapter.digest}), {info.merged.into}{note}",
+        "bare base": info.merged.bare_base_fingerprint,
+    }
+
+
 def _facts(info: ServerInfo) -> dict[str, str]:
     limits, now, steps = info.limits, info.capacity, info.steps
     return {
         "base": f"{info.base_model} ({info.quantization}, {info.dtype} on {info.device})",
         "fingerprint": info.base_fingerprint,
+        **_merged(info),
         "version": info.version,
         "context": f"{limits.max_context_tokens} tokens",
         "requests": f"{now.requests_running} of {limits.max_running_requests} running, "

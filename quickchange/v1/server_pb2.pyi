@@ -7,6 +7,7 @@ import builtins
 import google.protobuf.descriptor
 import google.protobuf.duration_pb2
 import google.protobuf.message
+import quickchange.v1.inference_pb2
 import sys
 import typing
 
@@ -177,6 +178,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     LIMITS_FIELD_NUMBER: builtins.int
     CAPACITY_FIELD_NUMBER: builtins.int
     STEPS_FIELD_NUMBER: builtins.int
+    MERGED_FIELD_NUMBER: builtins.int
     version: builtins.str
     base_model: builtins.str
     base_fingerprint: builtins.str
@@ -194,6 +196,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     def steps(self) -> Global___StepStatistics:
         """Since start."""
 
+    @property
+    def merged(self) -> Global___MergedAdapter:
+        """Unset: the base is bare."""
+
     def __init__(
         self,
         *,
@@ -206,13 +212,47 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         limits: Global___Limits | None = ...,
         capacity: Global___Capacity | None = ...,
         steps: Global___StepStatistics | None = ...,
+        merged: Global___MergedAdapter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["capacity", b"capacity", "limits", b"limits", "steps", b"steps"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["capacity", b"capacity", "limits", b"limits", "merged", b"merged", "steps", b"steps"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["base_fingerprint", b"base_fingerprint", "base_model", b"base_model", "capacity", b"capacity", "device", b"device", "dtype", b"dtype", "limits", b"limits", "quantization", b"quantization", "steps", b"steps", "version", b"version"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["base_fingerprint", b"base_fingerprint", "base_model", b"base_model", "capacity", b"capacity", "device", b"device", "dtype", b"dtype", "limits", b"limits", "merged", b"merged", "quantization", b"quantization", "steps", b"steps", "version", b"version"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoResponse
+
+@typing.final
+class MergedAdapter(google.protobuf.message.Message):
+    """An adapter that is folded into the base's weights. Requests that name it, or no adapter, are answered by both
+    together. base_fingerprint is that of both: other adapters must have been trained on them.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: builtins.int
+    INTO_FIELD_NUMBER: builtins.int
+    BARE_BASE_FINGERPRINT_FIELD_NUMBER: builtins.int
+    into: builtins.str
+    """"dequantized": the live adapter. "requantized": in 4 bits again, which is not quite it."""
+    bare_base_fingerprint: builtins.str
+    """Of the base that the adapter was trained on."""
+    @property
+    def adapter(self) -> quickchange.v1.inference_pb2.ResolvedAdapter:
+        """Of a folder: its name, version 0."""
+
+    def __init__(
+        self,
+        *,
+        adapter: quickchange.v1.inference_pb2.ResolvedAdapter | None = ...,
+        into: builtins.str = ...,
+        bare_base_fingerprint: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["adapter", b"adapter"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["adapter", b"adapter", "bare_base_fingerprint", b"bare_base_fingerprint", "into", b"into"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___MergedAdapter: typing_extensions.TypeAlias = MergedAdapter
 
 @typing.final
 class StepStatistics(google.protobuf.message.Message):

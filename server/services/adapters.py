@@ -1,6 +1,7 @@
 """quickchange.v1.AdapterService: the catalogue and residency over the wire. Knows no formats of files."""
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack, aclosing
 from operator import gt
 from typing import Any, BinaryIO, Final
@@ -12,6 +13,7 @@ from adapters.errors import InvalidAdapterError
 from adapters.facts import AdapterRecord, AdapterState
 from adapters.files import open_regular
 from adapters.retention import RetentionPolicy
+from adapters.tier import TierName, Whereabouts
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 from server.engine import Engine
 from server.errors import InvalidRequestError
@@ -96,7 +98,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         )
         tiers = self._engine.tiers()
         return adapters_pb2.ListAdaptersResponse(
-            adapters=[convert.adapter(record, tiers.get(record.facts.digest, "disk")) for record in records],
+            adapters=[convert.adapter(record, self._tier(record, tiers)) for record in records],
             next_page_token=next_token,
         )
 
@@ -121,7 +123,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         wanted = convert.tier_to_load(request.tier)
         async with self._catalogue.preparing(request.adapter) as record:
             named = _named(record)
-            tier = await self._engine.load(named.facts.digest, wanted)
+            digest = named.facts.digest
+            tier = "device" if self._catalogue.is_merged(digest) else await self._engine.load(digest, wanted)
         return adapters_pb2.LoadAdapterResponse(adapter=convert.adapter(named, tier))
 
     async def UnloadAdapter(
@@ -129,7 +132,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.UnloadAdapterResponse:
         keep_on_host = convert.is_kept_on_host(request.tier)
         record = await self._catalogue.get(request.adapter)
-        tier = await self._engine.unload(record.facts.digest, keep_on_host=keep_on_host)
+        digest = record.facts.digest
+        if self._catalogue.is_merged(digest):
+            tier: Whereabouts = "device"
+        else:
+            tier = await self._engine.unload(digest, keep_on_host=keep_on_host)
         return adapters_pb2.UnloadAdapterResponse(adapter=convert.adapter(record, tier))
 
     async def WatchAdapters(  # type: ignore[override]  # writes to the context, see StatusInterceptor
@@ -182,7 +189,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return adapters_pb2.DownloadHeader(adapter=self._message(record), files=files)
 
     def _message(self, record: AdapterRecord) -> adapters_pb2.Adapter:
-        return convert.adapter(record, self._engine.residency_of(record.facts.digest))
+        return convert.adapter(record, self._catalogue.tier_of(record.facts.digest))
+
+    def _tier(self, record: AdapterRecord, tiers: Mapping[str, TierName]) -> Whereabouts:
+        """One look at the engine is enough for a page of records."""
+        digest = record.facts.digest
+        return "device" if self._catalogue.is_merged(digest) else tiers.get(digest, "disk")
 
 
 def _named(record: AdapterRecord | None) -> AdapterRecord:

@@ -16,7 +16,9 @@ from adapters.leases import Lease
 from adapters.retention import Collection, RetentionPolicy
 from adapters.rows import Change, Entry
 from adapters.store import AdapterStore
+from adapters.tier import Whereabouts
 from server.engine import Engine
+from server.merged import MergedAdapter
 from server.metrics import OTHER_LABEL, ResidentAdapter
 from server.services.replica import Replica
 from server.services.workers import Workers
@@ -43,13 +45,20 @@ class Catalogue:
     """Resolves references, and lets an adapter go only when nobody needs it any more; in one event loop."""
 
     def __init__(
-        self, store: AdapterStore, engine: Engine, workers: Workers, replica: Replica | None = None
+        self,
+        store: AdapterStore,
+        engine: Engine,
+        workers: Workers,
+        replica: Replica | None = None,
+        merged: MergedAdapter | None = None,
     ) -> None:
         """
         Args:
             replica: brings files that the store lists and does not have; None if it has them all.
+            merged: what is folded into the base; None if it is bare.
         """
         self.store = store
+        self.merged = merged
         self._replica = replica
         self._engine = engine
         self._workers = workers
@@ -95,6 +104,21 @@ class Catalogue:
                 lease.release()
             self._preparing.discard(over)
             over.set_result(None)
+
+    @asynccontextmanager
+    async def answering(self, reference: str) -> AsyncIterator[AdapterRecord | None]:
+        """As `preparing`, and what is merged into the base may be named by digest, in the store or not: it is
+        the base."""
+        async with self.preparing("" if self.is_merged(reference) else reference) as record:
+            yield record
+
+    def is_merged(self, digest: str) -> bool:
+        """Whether the content is in the base's weights, where nothing has to be loaded and nothing leaves."""
+        return self.merged is not None and digest == self.merged.identity.digest
+
+    def tier_of(self, digest: str) -> Whereabouts:
+        """Where the content is now."""
+        return "device" if self.is_merged(digest) else self._engine.residency_of(digest)
 
     async def _held(self, reference: str, leases: list[Lease]) -> AdapterRecord:
         for _ in range(_FETCH_ATTEMPTS):
@@ -202,6 +226,8 @@ class Catalogue:
     async def load_pinned(self) -> None:
         """Has every pinned adapter loaded, after a start; what does not fit is named in the log."""
         for digest in sorted(self._pinned, key=self._names.__getitem__):
+            if self.is_merged(digest):
+                continue
             name = self._names[digest]
             try:
                 if self._replica is not None:

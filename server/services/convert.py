@@ -11,8 +11,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from adapters.facts import AdapterFacts, AdapterRecord
 from adapters.retention import Collection
 from adapters.tier import TierName, Whereabouts
-from quickchange.v1 import adapters_pb2, inference_pb2
+from quickchange.v1 import adapters_pb2, inference_pb2, server_pb2
 from server.errors import InvalidRequestError
+from server.merged import MergedAdapter
 from server.request import (
     AdapterIdentity,
     Delta,
@@ -56,7 +57,8 @@ def request_of(
     message: inference_pb2.GenerateRequest,
     request_id: str,
     prompt_token_ids: tuple[int, ...],
-    identity: AdapterIdentity | None,
+    adapter: AdapterIdentity | None,
+    merged: AdapterIdentity | None,
     *,
     room_tokens: int,
     deadline_s: float | None,
@@ -73,7 +75,8 @@ def request_of(
         request_id=request_id,
         prompt_token_ids=prompt_token_ids,
         sampling=sampling_of(message, room_tokens),
-        adapter=identity,
+        adapter=adapter,
+        merged=merged,
         adapter_scale=message.adapter_scale if message.HasField("adapter_scale") else 1.0,
         n=message.sampling.n if message.sampling.HasField("n") else 1,
         priority=message.priority,
@@ -114,6 +117,12 @@ def resolved(identity: AdapterIdentity | None) -> inference_pb2.ResolvedAdapter:
     if identity is None:
         return inference_pb2.ResolvedAdapter()
     return inference_pb2.ResolvedAdapter(name=identity.name, version=identity.version, digest=identity.digest)
+
+
+def merged(adapter: MergedAdapter) -> server_pb2.MergedAdapter:
+    return server_pb2.MergedAdapter(
+        adapter=resolved(adapter.identity), into=adapter.into, bare_base_fingerprint=adapter.bare_fingerprint
+    )
 
 
 def started(event: Started, request_id: str, identity: AdapterIdentity | None) -> inference_pb2.Started:

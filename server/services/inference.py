@@ -15,6 +15,7 @@ from quickchange.v1 import inference_pb2, inference_pb2_grpc
 from server.chat import ChatMessage, EncodedPrompt, PromptEncoder
 from server.engine import Engine
 from server.errors import InvalidRequestError, RequestFailedError
+from server.merged import Answerer, answerer_of
 from server.metrics import Metrics
 from server.request import (
     AdapterIdentity,
@@ -90,14 +91,18 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
-        async with self._catalogue.preparing(request.adapter) as record:
-            prompt = await self._encode(request, record, with_text=True)
+        async with self._catalogue.answering(request.adapter) as record:
+            prompt = await self._encode(request, self._answerer(record), record, with_text=True)
         return inference_pb2.TokenizeResponse(token_ids=prompt.token_ids, text=prompt.text)
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
-        models = [inference_pb2.Model(is_base=True)]
+        merged = self._catalogue.merged
+        base = inference_pb2.Model(is_base=True)
+        if merged is not None:
+            base.adapter.CopyFrom(convert.resolved(merged.identity))
+        models = [base]
         models += [_model_of(entry) for entry in await self._catalogue.ready()]
         return inference_pb2.ListModelsResponse(models=models)
 
@@ -106,15 +111,18 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         try:
             self._engine.check_open()
             request_id = convert.request_id_of(request)
-            async with self._catalogue.preparing(request.adapter) as record:
-                prompt = await self._encode(request, record, with_text=request.output.echo)
-                identity = convert.identity_of(record)
+            async with self._catalogue.answering(request.adapter) as record:
+                answerer = self._answerer(record)
+                answerer.check_scale(request.adapter_scale if request.HasField("adapter_scale") else 1.0)
+                prompt = await self._encode(request, answerer, record, with_text=request.output.echo)
+                identity = answerer.identity
                 stream = self._engine.submit(
                     convert.request_of(
                         request,
                         request_id,
                         prompt.token_ids,
-                        identity,
+                        answerer.applied,
+                        answerer.merged,
                         room_tokens=self._engine.max_context_tokens - len(prompt.token_ids),
                         deadline_s=_deadline_of(context),
                     )
@@ -133,8 +141,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         echo = prompt.text if request.output.echo else ""
         return _Call(request_id, identity, echo, answers, stream, lease)
 
+    def _answerer(self, record: AdapterRecord | None) -> Answerer:
+        return answerer_of(convert.identity_of(record), self._catalogue.merged)
+
     async def _encode(
-        self, request: Prompt, record: AdapterRecord | None, *, with_text: bool
+        self, request: Prompt, answerer: Answerer, record: AdapterRecord | None, *, with_text: bool
     ) -> EncodedPrompt:
         match request.WhichOneof("prompt"):
             case "text":
@@ -144,7 +155,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 return await self._prompts.token_ids(request.token_ids.ids, with_text=with_text)
             case "chat":
                 messages = [ChatMessage(m.role, m.content) for m in request.chat.messages]
-                template = await self._catalogue.chat_template_of(record) if record else None
+                template = None  # of what is merged, the base has it
+                if record is not None and answerer.applied is not None:
+                    template = await self._catalogue.chat_template_of(record)
                 return await self._prompts.chat(messages, template)
             case _:
                 raise InvalidRequestError("prompt", "is missing; send text, token_ids or chat")
