@@ -7,7 +7,7 @@ from pathlib import Path
 
 from adapters.cache import default_cache_dir
 
-PARTS = ("throughput", "open-loop", "cold", "residents", "memory")
+PARTS = ("throughput", "open-loop", "cold", "residents", "merged", "memory")
 SCENARIOS = ("base", "one", "distinct", "sweep", "zipf", "prefix")
 
 _QUICK = {

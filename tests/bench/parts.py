@@ -10,10 +10,11 @@ from tests.bench.contender import Contender, Progress, Tournament
 from tests.bench.interference import Household
 from tests.bench.lineup import peers
 from tests.bench.memory import footprint, measure_registering
+from tests.bench.merged import adapter_in_three_places
 from tests.bench.options import Options
 from tests.bench.ours import OurServer, our_server
 from tests.bench.report import Report
-from tests.bench.scenarios import closed_cell, open_cells, resident_cells, throughput_cells
+from tests.bench.scenarios import closed_cell, merged_cells, open_cells, resident_cells, throughput_cells
 from tests.bench.subject import Pool, Subject
 
 DEVICE_SLOTS = 8
@@ -39,7 +40,12 @@ class Bench:
     def parts(self) -> dict[str, Callable[[], None]]:
         """Those that were asked for, in order; open loops are part of the first, on the same servers."""
         asked = set(self.options.only)
-        parts = {"cold": self.cold, "residents": self.residents, "memory": self.memory}
+        parts = {
+            "cold": self.cold,
+            "residents": self.residents,
+            "merged": self.merged,
+            "memory": self.memory,
+        }
         chosen = {name: part for name, part in parts.items() if name in asked}
         return {"throughput": self.throughput} | chosen if {"throughput", "open-loop"} & asked else chosen
 
@@ -101,6 +107,13 @@ class Bench:
             cells = resident_cells(self.options)
             passes = 2 * self.options.passes  # differences are small
             self.report.residents = tournament.play([holding, empty], cells, passes)
+
+    def merged(self) -> None:
+        one = self.pool.first(1)
+        with adapter_in_three_places(self.subject, one, self.scratch, self.cache, self.tell) as contenders:
+            tournament = Tournament((), self.prompts, self.tell)
+            passes = 2 * self.options.passes  # differences are small
+            self.report.merged = tournament.play(contenders, merged_cells(self.options), passes)
 
     def memory(self) -> None:
         with our_server(self.subject, self.scratch, name="memory") as server:

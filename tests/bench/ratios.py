@@ -48,6 +48,16 @@ def ratio_of_residents(results: Sequence[Result]) -> list[Ratio]:
     return [Ratio.of(what, one, other) for one, other in zip(holding, empty, strict=True)]
 
 
+def ratios_of_merged(results: Sequence[Result]) -> list[Ratio]:
+    """Every place of an adapter over the bare base, which comes first."""
+    bare = {result.cell: result for result in results if result.contender == results[0].contender}
+    return [
+        Ratio.of(f"{result.contender} / {results[0].contender}", result, bare[result.cell])
+        for result in results
+        if bare[result.cell] is not result
+    ]
+
+
 def _against_peers(ours: Sequence[Result], results: Sequence[Result]) -> list[Ratio]:
     ratios = []
     for mine in ours:

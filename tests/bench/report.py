@@ -14,7 +14,7 @@ from tests.bench.contender import Result
 from tests.bench.interference import Interference
 from tests.bench.memory import Footprint
 from tests.bench.noise import QUIET_SHARE
-from tests.bench.ratios import Ratio, ratio_of_residents, ratios_of
+from tests.bench.ratios import Ratio, ratio_of_residents, ratios_of, ratios_of_merged
 
 MIB = 1024 * 1024
 
@@ -28,6 +28,7 @@ class Report:
     upload_to_first_token_s: float | None = None
     results: list[Result] = field(default_factory=list)
     residents: list[Result] = field(default_factory=list)
+    merged: list[Result] = field(default_factory=list)
     cold_start: ColdStart | None = None
     interference: Interference | None = None
     footprints: list[Footprint] = field(default_factory=list)
@@ -35,7 +36,8 @@ class Report:
 
     @property
     def ratios(self) -> list[Ratio]:
-        return ratios_of(self.results) + (ratio_of_residents(self.residents) if self.residents else [])
+        of_residents = ratio_of_residents(self.residents) if self.residents else []
+        return ratios_of(self.results) + of_residents + ratios_of_merged(self.merged)
 
     def write(self, path: Path) -> None:
         content = {name: _plain(getattr(self, name)) for name in self.__slots__}
@@ -46,6 +48,7 @@ class Report:
         parts = [
             _results_table(self.results),
             _results_table(self.residents),
+            _results_table(self.merged),
             self._noise_lines(),
             self._sharing_lines(),
             _ratios_table(self.ratios),
@@ -56,7 +59,7 @@ class Report:
         return "\n\n".join("\n".join(part) for part in parts if part)
 
     def _noise_lines(self) -> list[str]:
-        shares = [result.figures.foreign_share for result in [*self.results, *self.residents]]
+        shares = [result.figures.foreign_share for result in [*self.results, *self.residents, *self.merged]]
         if max(shares, default=0.0) <= QUIET_SHARE:
             return []
         return [

@@ -58,6 +58,11 @@ def resident_cells(options: Options) -> list[Cell]:
     return [closed_cell(options, 0, clients) for clients in sorted({1, options.at})]
 
 
+def merged_cells(options: Options) -> list[Cell]:
+    """No adapter is asked for, at every number of clients: weights that are read once serve all of them."""
+    return [closed_cell(options, 0, clients) for clients in options.concurrency]
+
+
 def open_cells(options: Options, tokens_per_second: float) -> list[Cell]:
     """Different adapters in turn, at parts of a rate that is known to be reached."""
     cell = replace(closed_cell(options, options.adapters, options.at), requests=options.open_requests)

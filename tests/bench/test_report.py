@@ -15,7 +15,7 @@ from tests.bench.interference import Interference
 from tests.bench.memory import Footprint
 from tests.bench.options import parse
 from tests.bench.plots import plot_all
-from tests.bench.ratios import OURS, SET_ADAPTER, Ratio, ratio_of_residents, ratios_of
+from tests.bench.ratios import OURS, SET_ADAPTER, Ratio, ratio_of_residents, ratios_of, ratios_of_merged
 from tests.bench.report import MIB, Report
 from tests.bench.scenarios import throughput_cells
 
@@ -65,6 +65,14 @@ def test_residents_are_compared_with_none() -> None:
     holding, empty = result("16 residents", BASE, 99.0, 97.0), result("no resident", BASE, 100.0, 100.0)
     (ratio,) = ratio_of_residents([holding, empty])
     assert (ratio.what, ratio.value) == ("base only, 16 residents / no resident", 0.98)
+
+
+def test_places_of_an_adapter_are_compared_with_the_bare_base_at_the_same_load() -> None:
+    both, alone = replace(BASE, concurrency=2), replace(BASE, concurrency=1)
+    results = [result("bare", alone, 50.0), result("bare", both, 80.0)]
+    results += [result("merged", alone, 49.0), result("merged", both, 40.0)]
+    found = {(ratio.what, ratio.load): ratio.value for ratio in ratios_of_merged(results)}
+    assert found == {("merged / bare", "1 at once"): 0.98, ("merged / bare", "2 at once"): 0.5}
 
 
 def test_a_rate_of_nothing_has_no_ratio() -> None:
