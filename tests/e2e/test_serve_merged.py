@@ -17,7 +17,6 @@ from quickchange.types import Residency
 from tests.adapters.builders import make_adapter
 from tests.e2e.conftest import SMALL
 from tests.e2e.process import ServerProcess, running
-from tests.models import build_tiny_model
 from tests.parity.oracle import Oracle
 from training.merge import merge_adapter
 
@@ -241,33 +240,10 @@ def test_what_no_server_applies_is_served_merged(
     assert found == _expected(oracle, tokenizer, "dora") != _expected(oracle, tokenizer, "")
 
 
-def test_what_cannot_be_merged_ends_the_start_with_the_reason(
-    base: Path, adapters: Mapping[str, Path], tmp_path: Path
-) -> None:
-    prompt = tmp_path / "prompt"
-    prompt.mkdir()
-    (prompt / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
-    other = _declaring(adapters["a"], tmp_path / "other", "sha256:" + "0" * 64)
-    narrow = make_adapter(_other_model(tmp_path / "gpt2"), tmp_path / "narrow", target_modules=("c_attn",))
-    expected = {
-        "sql": "there is no adapter 'sql'",
-        "./nowhere": "there is no folder nowhere",
-        str(prompt): "peft_type",
-        str(other): "was trained on base sha256:0000",
-        str(narrow): "match no linear module of this base",
-    }
+def test_what_cannot_be_merged_ends_the_start_in_one_line(base: Path, tmp_path: Path) -> None:
+    """Every reason has its test in tests/server/test_resident.py."""
     settings = SMALL | {"base.cache_dir": tmp_path / "cache"}
-    started = {
-        reference: ServerProcess(base, tmp_path / f"store-{n}", settings, flags=("--merged", reference))
-        for n, reference in enumerate(expected)
-    }
-    for reference, process in started.items():
-        assert process.wait(120) == 1
-        assert f"error: --merged {reference}: " in process.log
-        assert expected[reference] in process.log
-        assert "Traceback" not in process.log
-    assert not list((tmp_path / "cache" / "merged").glob("*/*")), "nothing half made"
-
-
-def _other_model(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(build_tiny_model(folder, "gpt2"), dtype=torch.float32)
+    process = ServerProcess(base, tmp_path / "store", settings, flags=("--merged", "unheard-of"))
+    assert process.wait(120) == 1
+    assert "error: --merged unheard-of: there is no adapter 'unheard-of'; list the adapters" in process.log
+    assert "Traceback" not in process.log
