@@ -258,14 +258,18 @@ class GenerateRequest(google.protobuf.message.Message):
     request_id: builtins.str
     """Free text that comes back in answers and logs; the server makes one when it is empty."""
     adapter: builtins.str
-    """Empty for the base, or "name", "name@version", "name:alias", "sha256:…"."""
+    """Empty for the base, or "name", "name@version", "name:alias", "sha256:…". Where an adapter is merged into the
+    base, the base is both, and naming that adapter is the same as naming none.
+    """
     text: builtins.str
     priority: builtins.int
     """-10 to 10, larger goes first; default 0. Waiting raises it, so that nothing starves."""
     cache_salt: builtins.str
     """Separates tenants in caches of prompts: only requests of equal salt share keys and values."""
     adapter_scale: builtins.float
-    """Multiplies the adapter's update, -16 to 16; default 1. 0 answers as the base does."""
+    """Multiplies the adapter's update, -16 to 16; default 1. 0 answers as the base does. What is merged into the base
+    has no other strength than 1.
+    """
     @property
     def token_ids(self) -> Global___TokenIds: ...
     @property
@@ -322,7 +326,7 @@ class ResolvedAdapter(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     DIGEST_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """Empty, with version 0 and no digest, for the base."""
+    """Empty, with version 0 and no digest, for the bare base."""
     version: builtins.int
     digest: builtins.str
     def __init__(

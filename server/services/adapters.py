@@ -1,7 +1,6 @@
 """quickchange.v1.AdapterService: the catalogue and residency over the wire. Knows no formats of files."""
 
 import logging
-from collections.abc import Mapping
 from contextlib import ExitStack, aclosing
 from operator import gt
 from typing import Any, BinaryIO, Final
@@ -13,7 +12,7 @@ from adapters.errors import InvalidAdapterError
 from adapters.facts import AdapterRecord, AdapterState
 from adapters.files import open_regular
 from adapters.retention import RetentionPolicy
-from adapters.tier import TierName, Whereabouts
+from adapters.tier import Whereabouts
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 from server.engine import Engine
 from server.errors import InvalidRequestError
@@ -96,9 +95,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             page_size=request.page_size or DEFAULT_PAGE_SIZE,
             page_token=request.page_token,
         )
-        tiers = self._engine.tiers()
+        tiers = self._catalogue.tiers()
         return adapters_pb2.ListAdaptersResponse(
-            adapters=[convert.adapter(record, self._tier(record, tiers)) for record in records],
+            adapters=[convert.adapter(record, tiers.get(record.facts.digest, "disk")) for record in records],
             next_page_token=next_token,
         )
 
@@ -190,11 +189,6 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
     def _message(self, record: AdapterRecord) -> adapters_pb2.Adapter:
         return convert.adapter(record, self._catalogue.tier_of(record.facts.digest))
-
-    def _tier(self, record: AdapterRecord, tiers: Mapping[str, TierName]) -> Whereabouts:
-        """One look at the engine is enough for a page of records."""
-        digest = record.facts.digest
-        return "device" if self._catalogue.is_merged(digest) else tiers.get(digest, "disk")
 
 
 def _named(record: AdapterRecord | None) -> AdapterRecord:

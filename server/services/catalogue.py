@@ -16,7 +16,7 @@ from adapters.leases import Lease
 from adapters.retention import Collection, RetentionPolicy
 from adapters.rows import Change, Entry
 from adapters.store import AdapterStore
-from adapters.tier import Whereabouts
+from adapters.tier import TierName, Whereabouts
 from server.engine import Engine
 from server.merged import MergedAdapter
 from server.metrics import OTHER_LABEL, ResidentAdapter
@@ -115,6 +115,11 @@ class Catalogue:
     def is_merged(self, digest: str) -> bool:
         """Whether the content is in the base's weights, where nothing has to be loaded and nothing leaves."""
         return self.merged is not None and digest == self.merged.identity.digest
+
+    def tiers(self) -> Mapping[str, TierName]:
+        """Where every content is that is in memory."""
+        tiers = self._engine.tiers()
+        return tiers if self.merged is None else {**tiers, self.merged.identity.digest: "device"}
 
     def tier_of(self, digest: str) -> Whereabouts:
         """Where the content is now."""

@@ -85,7 +85,7 @@ class ChangeFeed:
 
     async def now(self) -> "Moment":
         """From which on `events` tells."""
-        return Moment(self._engine.tiers(), await self._workers.run(self._store.changes.last))
+        return Moment(self._catalogue.tiers(), await self._workers.run(self._store.changes.last))
 
     async def events(self, since: "Moment", *, send_initial: bool) -> AsyncGenerator[AdapterEvent, None]:
         """Every change since then; of a version that changes faster than this is read, the last one.
@@ -102,7 +102,7 @@ class ChangeFeed:
             async for record in self._everything():
                 yield _present(record, tiers)
         while True:
-            news, told, tiers = self._news, tiers, self._engine.tiers()
+            news, told, tiers = self._news, tiers, self._catalogue.tiers()
             if self._closed:
                 raise DrainingError("the server is draining; watch another one")
             for digest in _moved(told, tiers):
@@ -139,7 +139,7 @@ class ChangeFeed:
                 log.exception("changes of the store could not be read; trying again")
                 await asyncio.sleep(_AFTER_AN_ERROR_S)
                 continue
-            tiers = self._engine.tiers()
+            tiers = self._catalogue.tiers()
             if has_news or tiers != self._tiers:
                 self._tiers = tiers
                 self._tell()

@@ -115,6 +115,9 @@ def test_it_is_shown(asked: Client, merged: ServerProcess, place: Place) -> None
     assert asked.adapters.load("a").residency is Residency.DEVICE
     assert asked.adapters.unload("a").residency is Residency.DEVICE
     assert [each.residency for each in asked.adapters.list(name="a")] == [Residency.DEVICE]
+    with asked.adapters.watch(send_initial=True) as events:
+        seen = next(event for event in events if event.adapter.name == "a")
+    assert seen.adapter.residency is Residency.DEVICE
     assert "pinned adapter not loaded" not in merged.log
 
 

@@ -19,6 +19,9 @@ from adapters.files import ADAPTER_FILES, WEIGHTS_FILE
 from adapters.fingerprint import fingerprint_of
 from adapters.measures import stored_digest
 from adapters.native import NativeLinear
+from adapters.remote import RemotePlace
+from adapters.remote_push import push_store
+from adapters.replica import ReplicaStore
 from adapters.store import AdapterStore
 from adapters.validate import validate_adapter
 from kernels.linear import unpacked_weight
@@ -158,6 +161,20 @@ def test_every_reference_of_a_store_means_a_version(
     assert len(fingerprints) == 1
     store.delete("sql")
     assert store.remove_blob(digest), "no lease is left"
+
+
+def test_a_copy_of_a_store_fetches_what_it_folds_in(
+    source: Path, adapter: Path, store: AdapterStore, tmp_path: Path
+) -> None:
+    settings = _settings(source, tmp_path, "sql", quantization="none")
+    digest = _published(store, adapter, load_bare(settings.base))
+    place = RemotePlace((tmp_path / "remote").as_uri())
+    push_store(store, place)
+    with ReplicaStore(tmp_path / "copies", place) as replica:
+        replica.refresh()
+        assert replica.hold("sql")[1] is None, "its files are elsewhere"
+        _, merged = load_merged(settings, replica)
+    assert (merged.label, merged.identity.digest) == ("sql@1", digest)
 
 
 def test_damaged_files_are_not_folded_in(
