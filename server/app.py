@@ -352,6 +352,10 @@ def _open_replica(url: str, cache: Path, reserve_bytes: int) -> ReplicaStore:
 
 def _load_base(settings: ServerSettings, store: AdapterStore) -> tuple[Base, MergedAdapter | None]:
     if settings.base.merged is None:
+        if settings.base.merged_into != "dequantized":
+            raise StartError(
+                f"--merged-into {settings.base.merged_into}: there is nothing to merge; give --merged"
+            )
         return load_bare(settings.base), None
     try:
         return load_merged(settings, store)

@@ -54,19 +54,14 @@ class BaseSettings(Section):
         ),
     ] = None
     merged_into: Annotated[
-        Literal["auto", "dequantized", "requantized"],
+        Literal["dequantized", "requantized"],
         About(
-            "what base and adapter become: dequantized weights are the live adapter, requantized ones as "
-            "small and fast as the base; auto: as the base is quantized"
+            "what it is folded into; dequantized: the live adapter; requantized: as small as nf4, but not it"
         ),
-    ] = "auto"
+    ] = "dequantized"
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
-        if self.merged_into != "auto" and self.merged is None:
-            raise RangeError(
-                "merged_into", f"is {self.merged_into}, but there is nothing to merge; give merged"
-            )
         if self.merged_into == "requantized" and self.quantization == "none":
             raise RangeError(
                 "merged_into",

@@ -20,7 +20,7 @@ from adapters.replica import ReplicaStore
 from adapters.store import AdapterStore
 from server.config import MIB, BaseSettings, ServerSettings
 from server.memory import OutOfMemoryAtStartError, memory_free_on
-from server.merged import Into, MergedAdapter
+from server.merged import MergedAdapter
 from server.request import AdapterIdentity
 
 if TYPE_CHECKING:
@@ -53,19 +53,19 @@ def load_merged(settings: ServerSettings, store: AdapterStore) -> tuple[Base, Me
     wanted = settings.base
     assert wanted.merged is not None, "the caller asked for one"
     cache, progress = wanted.cache_dir or default_cache_dir(), sys.stderr.isatty()
-    into = _into(wanted)
     with _adapter(wanted.merged, store) as (folder, record):
         merge = planned_merge(wanted.source, Scheme(wanted.quantization), folder, cache, progress=progress)
         _check_room(merge, cache)
-        if into == "dequantized":
+        if wanted.merged_into == "dequantized":
             _check_dense(merge, wanted)
         make_merge(merge, cache, progress=progress)
-    base = _loaded(wanted, str(merge.folder), wanted.quantization if into == "requantized" else "none")
+    quantization = wanted.quantization if wanted.merged_into == "requantized" else "none"
+    base = _loaded(wanted, str(merge.folder), quantization)
     if merge.bundle is not None:
         check_text(merge.bundle, base.eos_token_ids, base.chat_template)
     identity = record or AdapterIdentity(folder.resolve().name, 0, merge.digest)
-    merged = MergedAdapter(identity, into, merge.fingerprint)
-    _tell(merged, base)
+    merged = MergedAdapter(identity, wanted.merged_into, merge.fingerprint)
+    _tell(merged, base, wanted)
     return replace(base, name=merge.name, layout=replace(base.layout, merged=merged.label)), merged
 
 
@@ -83,14 +83,7 @@ def _loaded(settings: BaseSettings, source: str, quantization: Quantization) -> 
     )
 
 
-def _into(settings: BaseSettings) -> Into:
-    """By default no token costs more than on the bare base: 4-bit weights stay in 4 bits."""
-    if settings.merged_into != "auto":
-        return settings.merged_into
-    return "dequantized" if settings.quantization == "none" else "requantized"
-
-
-def _tell(merged: MergedAdapter, base: Base) -> None:
+def _tell(merged: MergedAdapter, base: Base, settings: BaseSettings) -> None:
     log.info(
         "adapter merged adapter=%s digest=%s into=%s bare_base=%s base=%s",
         merged.label,
@@ -101,8 +94,14 @@ def _tell(merged: MergedAdapter, base: Base) -> None:
     )
     if merged.into == "requantized":
         log.warning(
-            "%s is merged into 4-bit weights and not quite the live adapter; `quickchange merge --into "
-            "requantized --data` measures by how much, --merged-into dequantized is it and takes more memory",
+            "%s is merged into 4-bit weights, which are not the live adapter and may be nearer to the bare "
+            "base; `quickchange merge --into requantized --data` measures it, the default of --merged-into is it",
+            merged.label,
+        )
+    elif settings.quantization != "none" and base.device.type == "cpu":
+        log.warning(
+            "the base with %s is not quantized; on a CPU the live adapter on 4-bit weights takes less "
+            "memory, and less time while few requests run",
             merged.label,
         )
 

@@ -13,7 +13,7 @@ from adapters.retention import Collection
 from adapters.tier import TierName, Whereabouts
 from quickchange.v1 import adapters_pb2, inference_pb2, server_pb2
 from server.errors import InvalidRequestError
-from server.merged import MergedAdapter
+from server.merged import Answerer, MergedAdapter
 from server.request import (
     AdapterIdentity,
     Delta,
@@ -57,8 +57,7 @@ def request_of(
     message: inference_pb2.GenerateRequest,
     request_id: str,
     prompt_token_ids: tuple[int, ...],
-    adapter: AdapterIdentity | None,
-    merged: AdapterIdentity | None,
+    answerer: Answerer,
     *,
     room_tokens: int,
     deadline_s: float | None,
@@ -75,8 +74,8 @@ def request_of(
         request_id=request_id,
         prompt_token_ids=prompt_token_ids,
         sampling=sampling_of(message, room_tokens),
-        adapter=adapter,
-        merged=merged,
+        adapter=answerer.applied,
+        merged=answerer.merged,
         adapter_scale=message.adapter_scale if message.HasField("adapter_scale") else 1.0,
         n=message.sampling.n if message.sampling.HasField("n") else 1,
         priority=message.priority,

@@ -121,8 +121,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                         request,
                         request_id,
                         prompt.token_ids,
-                        answerer.applied,
-                        answerer.merged,
+                        answerer,
                         room_tokens=self._engine.max_context_tokens - len(prompt.token_ids),
                         deadline_s=_deadline_of(context),
                     )

@@ -201,7 +201,7 @@ def test_an_adapter_of_the_merged_model_is_served_on_it(
 
 
 @pytest.mark.parametrize(
-    ("flag", "into"), [((), "requantized"), (("--merged-into", "dequantized"), "dequantized")]
+    ("flag", "into"), [(("--merged-into", "requantized"), "requantized"), ((), "dequantized")]
 )
 def test_a_quantized_base_has_what_merge_writes(
     flag: tuple[str, ...],
@@ -211,7 +211,7 @@ def test_a_quantized_base_has_what_merge_writes(
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
-    """A folder outside the store, and by default the weights in NF4 again."""
+    """A folder outside the store; only if asked for are the weights in NF4 again."""
     model = tmp_path / "model"
     merge_adapter(
         str(base), adapters["a"], model, into=into, dtype="float32", cache_dir=tmp_path, progress=False
@@ -226,7 +226,7 @@ def test_a_quantized_base_has_what_merge_writes(
         by_digest = _tokens(client, info.merged.adapter.digest)
     assert (info.merged.adapter.name, info.merged.adapter.version) == (adapters["a"].name, 0)
     assert (info.merged.into, info.quantization) == (into, "nf4" if into == "requantized" else "none")
-    assert ("not quite the live adapter" in server.log) == (into == "requantized")
+    assert ("not the live adapter" in server.log) == (into == "requantized")
     assert found == by_digest == _expected(oracle, tokenizer, "")
 
 
@@ -246,7 +246,12 @@ def test_what_no_server_applies_is_served_merged(
 def test_what_cannot_be_merged_ends_the_start_in_one_line(base: Path, tmp_path: Path) -> None:
     """Every reason has its test in tests/server/test_resident.py."""
     settings = SMALL | {"base.cache_dir": tmp_path / "cache"}
-    process = ServerProcess(base, tmp_path / "store", settings, flags=("--merged", "unheard-of"))
-    assert process.wait(120) == 1
-    assert "error: --merged unheard-of: there is no adapter 'unheard-of'; list the adapters" in process.log
-    assert "Traceback" not in process.log
+    expected = {
+        ("--merged", "unheard-of"): "error: --merged unheard-of: there is no adapter 'unheard-of'; list the",
+        ("--merged-into", "requantized"): "error: --merged-into requantized: there is nothing to merge",
+    }
+    for flags, line in expected.items():
+        process = ServerProcess(base, tmp_path / "store", settings, flags=flags)
+        assert process.wait(120) == 1
+        assert line in process.log
+        assert "Traceback" not in process.log

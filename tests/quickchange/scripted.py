@@ -73,6 +73,7 @@ class Script:
     adapters: int = 3
     files: dict[str, bytes] = field(default_factory=dict)
     download: list[adapters_pb2.DownloadAdapterResponse] | None = None
+    merged: server_pb2.MergedAdapter | None = None
 
     def begin(self, request: Any, context: grpc.ServicerContext) -> None:
         context.add_callback(self.ended.set)
@@ -249,6 +250,7 @@ class Server(server_pb2_grpc.ServerServiceServicer):
             limits=server_pb2.Limits(max_context_tokens=512, max_upload_bytes=2**31),
             capacity=server_pb2.Capacity(kv_tokens_total=4096, kv_tokens_free=4000),
             steps=server_pb2.StepStatistics(steps=10, mixed_steps=4, max_adapters_in_step=3),
+            merged=self.script.merged,
         )
 
     def Drain(self, request: Any, context: Any) -> server_pb2.DrainResponse:

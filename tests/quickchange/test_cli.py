@@ -16,6 +16,7 @@ import grpc
 import pytest
 
 from quickchange.cli import COMMANDS, main
+from quickchange.v1 import inference_pb2, server_pb2
 from tests.quickchange.scripted import DIGEST, Script, queue_full, rich
 
 ACTIONS = (
@@ -291,6 +292,20 @@ def test_info(run: Run) -> None:
     assert "base         tiny (nf4, float32 on cpu)" in out
     assert "4 mixed adapters (up to 3 at once)" in out
     assert json.loads(run("info", "--json")[1])["limits"]["max_context_tokens"] == 512
+    assert "merged" not in out
+
+
+@pytest.mark.parametrize(
+    ("into", "note"),
+    [("dequantized", "dequantized\n"), ("requantized", "requantized, which is not the live adapter\n")],
+)
+def test_info_shows_what_is_merged(run: Run, script: Script, into: str, note: str) -> None:
+    sql = inference_pb2.ResolvedAdapter(name="sql", version=3, digest="sha256:5")
+    script.merged = server_pb2.MergedAdapter(adapter=sql, into=into, bare_base_fingerprint="sha256:b")
+    _, out, _ = run("info")
+    assert f"merged       sql@3 (sha256:5), {note}" in out
+    assert "bare base    sha256:b\n" in out
+    assert json.loads(run("info", "--json")[1])["merged"]["adapter"]["name"] == "sql"
 
 
 # Failing

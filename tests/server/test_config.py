@@ -53,7 +53,7 @@ def test_every_setting_can_come_from_every_source(tmp_path: Path) -> None:
         "prefix_cache": "off",
         "matmul_precision": "medium",
     }
-    values |= {"adapter_eviction": "lru"}
+    values |= {"adapter_eviction": "lru", "merged": "sql", "merged_into": "requantized"}
     for setting in all_settings():
         section, name = setting.path.split(".")
         # Half the default stays within every range and every rule between fields.

@@ -71,8 +71,8 @@ def _weights(base: Base) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("options", "into", "served"),
     [
-        ({"quantization": "nf4"}, "requantized", "nf4"),
-        ({"quantization": "nf4", "merged_into": "dequantized"}, "dequantized", "none"),
+        ({"quantization": "nf4", "merged_into": "requantized"}, "requantized", "nf4"),
+        ({"quantization": "nf4"}, "dequantized", "none"),
         ({"quantization": "none"}, "dequantized", "none"),
     ],
 )
@@ -247,10 +247,8 @@ def test_without_room_it_says_how_much_is_needed(
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(SettingsError, match="nothing to merge"):
-        settings_from({"base": "smollm2", "merged_into": "dequantized"}, {})
     with pytest.raises(SettingsError, match="no 4-bit weights"):
         settings_from(
             {"base": "smollm2", "merged": "sql", "merged_into": "requantized", "quantization": "none"}, {}
         )
-    assert settings_from({"base": "smollm2", "merged": "sql"}, {}).base.merged_into == "auto"
+    assert settings_from({"base": "smollm2", "merged": "sql"}, {}).base.merged_into == "dequantized"

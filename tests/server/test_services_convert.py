@@ -6,6 +6,7 @@ import pytest
 
 from quickchange.v1 import inference_pb2
 from server.errors import InvalidRequestError
+from server.merged import Answerer
 from server.request import (
     AdapterIdentity,
     Delta,
@@ -82,7 +83,7 @@ def test_an_explicit_zero_is_a_value() -> None:
 
 
 def request_of(message: inference_pb2.GenerateRequest) -> Request:
-    return convert.request_of(message, "r", (1, 2), None, room_tokens=100, deadline_s=None)
+    return convert.request_of(message, "r", (1, 2), Answerer(None), room_tokens=100, deadline_s=None)
 
 
 def test_what_goes_beside_sampling_arrives() -> None:
