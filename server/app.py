@@ -207,8 +207,11 @@ class Server:
             device=base.device.type,
             base_model_bytes=base.weight_bytes,
         )
-        self._metrics.store_bytes_from(self._store.total_bytes)
+        self._metrics.begin_at_zero()
+        self._metrics.store_from(self._store.total_bytes, self._store.free_bytes)
         self._metrics.residents_from(self._catalogue.residents)
+        if settings.lora_info_gauge == "on":
+            self._metrics.add_lora_info(self._catalogue.lora_info)
         try:
             return MetricsEndpoint(self._metrics, settings.host, settings.port)
         except OSError as error:

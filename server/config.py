@@ -202,6 +202,10 @@ class MetricsSettings(Section):
     host: Annotated[str, About("address to listen on")] = "127.0.0.1"
     port: Annotated[int, About("port to listen on; 0 picks a free one", 0, 65535)] = 9464
     adapter_series_cap: Annotated[int, About("adapters with a series of their own", 1, 10_000)] = 100
+    lora_info_gauge: Annotated[
+        Literal["on", "off"],
+        About("quickchange_lora_requests_info, for routers that know where adapters are"),
+    ] = "off"
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,6 +174,21 @@ class Engine:
         """Adapters in memory, as of the last step."""
         return self._residents
 
+    def awaited_adapters(self) -> set[str]:
+        """Digests of adapters that are not on the device while requests wait for them; any thread."""
+        on_device = {resident.digest for resident in self._residents if resident.tier == "device"}
+        return self._core.scheduler.waiting.clients() - on_device - {""}
+
+    def adapters_that_fit(self) -> int:
+        """How many adapters as large as those on the device may be there at once; any thread.
+
+        While there are none, as many as requests may run.
+        """
+        sizes = [resident.size_bytes for resident in self._residents if resident.tier == "device"]
+        if not sizes:
+            return self._settings.max_running_requests
+        return self._core.residency.budgets.device_bytes * len(sizes) // sum(sizes)
+
     def stats(self) -> EngineStats:
         """A look at the engine as of now."""
         blocks, counters = self._core.scheduler.blocks, self._core.counters
@@ -301,9 +316,7 @@ class Engine:
             _call_in(loop, _put_all, events)
         self._show_residents()
         scheduler = self._core.scheduler
-        self._metrics.set_engine_gauges(
-            len(scheduler.running), self._core.waiting, scheduler.blocks.used_ratio
-        )
+        self._metrics.set_engine_gauges(len(scheduler.running), self._waiting, scheduler.blocks.used_ratio)
 
     def _show_residents(self) -> None:
         residency = self._core.residency

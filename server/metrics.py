@@ -4,6 +4,8 @@ All names start with `quickchange_`; seconds and bytes are the only units. Adapt
 a cap, past which they share `_other`; the base is `_base`. No adapter can have either name.
 """
 
+import logging
+import math
 import threading
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Sequence
@@ -16,11 +18,16 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
+    disable_created_metrics,
     start_http_server,
 )
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+
+from server.lora_info import LoraInfo, LoraInfoCollector
+
+log = logging.getLogger(__name__)
 
 Phase = Literal["prefill", "decode", "mixed"]
 Tier = Literal["disk", "host", "device"]
@@ -32,6 +39,14 @@ _LATENCY_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 30
 _DURATION_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 _STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5)
 _BATCH = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+_FINISHED = (
+    ("stop", "OK"),
+    ("length", "OK"),
+    ("cancelled", "CANCELLED"),
+    ("failed", "DEADLINE_EXCEEDED"),
+    ("failed", "INTERNAL"),
+)
+_REJECTED = ("QUEUE_FULL", "DRAINING", "INVALID_REQUEST", "ADAPTER_NOT_FOUND")
 _ADAPTERS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 
 
@@ -54,6 +69,8 @@ class Metrics:
     """
 
     def __init__(self, registry: CollectorRegistry | None = None, adapter_series_cap: int = 100) -> None:
+        # Else every counter and histogram has a second series with its birthday.
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the library gives it no types
         self.registry = registry or CollectorRegistry()
         self._adapter_labels = _CappedLabels(adapter_series_cap)
         self._register_request_series()
@@ -116,7 +133,7 @@ class Metrics:
         )
         self._adapter_load = self._histogram(
             "adapter_load_seconds",
-            "Bringing an adapter to the device, by where it came from",
+            "Bringing an adapter to a tier of memory, by where it came from",
             _LATENCY_S,
             ("source", "result"),
         )
@@ -127,6 +144,7 @@ class Metrics:
             "adapter_validation_failures", "Uploads that a check refused, by reason", ("reason",)
         )
         self._store_bytes = self._gauge("store_bytes", "Bytes of all adapters on disk")
+        self._store_free = self._gauge("store_free_bytes", "Bytes that are free on the store's disk")
 
     def _histogram(
         self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()
@@ -240,9 +258,41 @@ class Metrics:
         """Asks `source` at every scrape which adapters are in memory."""
         self._residents.source = source
 
-    def store_bytes_from(self, source: Callable[[], int]) -> None:
-        """Asks `source` at every scrape how large the store is."""
-        self._store_bytes.set_function(lambda: float(source()))
+    def store_from(self, size_bytes: Callable[[], int], free_bytes: Callable[[], int]) -> None:
+        """Asks at every scrape how large the store is, and how much room its disk has left."""
+        self._store_bytes.set_function(lambda: _number_from(size_bytes, "store_bytes"))
+        self._store_free.set_function(lambda: _number_from(free_bytes, "store_free_bytes"))
+
+    def add_lora_info(self, source: Callable[[], LoraInfo]) -> None:
+        """Adds the gauge that routers read, and asks `source` for it at every scrape."""
+        self.registry.register(LoraInfoCollector(source))
+
+    def begin_at_zero(self) -> None:
+        """Shows the series whose labels are known beforehand: a rate sees the first event only if there was
+        a zero before it."""
+        for phase in ("prefill", "decode", "mixed"):
+            self._step.labels(phase)
+        for source in ("disk", "host"):
+            for result in ("ok", "error"):
+                self._adapter_load.labels(source, result)
+        for tier in ("host", "device"):
+            self._evictions.labels(tier)
+        for reason, code in _FINISHED:
+            self._finished.labels(reason, code)
+        for reason in _REJECTED:
+            self._rejected.labels(reason)
+        for result in ("created", "unchanged", "validated"):
+            self._uploads.labels(result)
+        self._validation_failures.labels("INVALID_ADAPTER")
+
+
+def _number_from(source: Callable[[], int], name: str) -> float:
+    """What the source says; NaN if it fails: a broken disk must not take the other series along."""
+    try:
+        return float(source())
+    except Exception:
+        log.exception("no value for quickchange_%s", name)
+        return math.nan
 
 
 class _CappedLabels:

@@ -30,6 +30,10 @@ class WaitingQueue:
         for line in self._lines.values():
             yield from line
 
+    def clients(self) -> set[str]:
+        """Whose sequences wait; any thread."""
+        return {client for client, _ in list(self._lines)}
+
     def push(self, sequence: Sequence) -> None:
         """Adds a sequence where its age says."""
         line = self._lines.setdefault(_line_of(sequence), [])

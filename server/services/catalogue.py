@@ -18,9 +18,11 @@ from adapters.rows import Change, Entry
 from adapters.store import AdapterStore
 from adapters.tier import TierName, Whereabouts
 from server.engine import Engine
+from server.lora_info import LoraInfo
 from server.merged import MergedAdapter
 from server.metrics import OTHER_LABEL, ResidentAdapter
 from server.services.replica import Replica
+from server.services.resolutions import Resolutions
 from server.services.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -67,8 +69,11 @@ class Catalogue:
         self._to_remove: set[str] = set()
         self._putting_away: dict[str, asyncio.Task[None]] = {}
         self._names: dict[str, str] = {}
+        self._resolutions = Resolutions()
         self._pinned: set[str] = set()
         self._pinning = asyncio.Lock()
+        if merged is not None:
+            self._resolutions.remember(merged.label, merged.identity.digest)
 
     async def get(self, reference: str) -> AdapterRecord:
         """The version that a reference names, in any state."""
@@ -98,6 +103,7 @@ class Catalogue:
             if reference:
                 record = await self._held(reference, leases)
                 self._names[record.facts.digest] = record.name
+                self._resolutions.remember(reference, record.facts.digest)
             yield record
         finally:
             for lease in leases:
@@ -207,6 +213,7 @@ class Catalogue:
                 await asyncio.wait(self._preparing)
             await self._engine.forget(digest)
             self._names.pop(digest, None)
+            self._resolutions.forget(digest)
             if await self._workers.run(self.store.remove_blob, digest):
                 log.info("adapter removed digest=%s", digest)
                 return
@@ -237,6 +244,8 @@ class Catalogue:
             try:
                 if self._replica is not None:
                     await self._replica.fetch(digest)
+                newest = await self._workers.run(self.store.get, name)
+                self._resolutions.remember(name, newest.facts.digest)
                 await self._engine.load(digest)
             except AdapterError as error:
                 log.warning("pinned adapter not loaded adapter=%s digest=%s: %s", name, digest, error)
@@ -261,6 +270,15 @@ class Catalogue:
             )
             for resident in self._engine.residents()
         ]
+
+    def lora_info(self) -> LoraInfo:
+        """What a router needs to know, by the references that requests use; any thread."""
+        on_device = {digest for digest, tier in self.tiers().items() if tier == "device"}
+        return LoraInfo(
+            self._engine.adapters_that_fit(),
+            self._resolutions.references_to(on_device),
+            self._resolutions.references_to(self._engine.awaited_adapters()),
+        )
 
     # In a worker
 

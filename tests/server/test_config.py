@@ -54,6 +54,7 @@ def test_every_setting_can_come_from_every_source(tmp_path: Path) -> None:
         "matmul_precision": "medium",
     }
     values |= {"adapter_eviction": "lru", "merged": "sql", "merged_into": "requantized"}
+    values |= {"lora_info_gauge": "on"}
     for setting in all_settings():
         section, name = setting.path.split(".")
         # Half the default stays within every range and every rule between fields.

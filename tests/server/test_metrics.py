@@ -1,46 +1,16 @@
 """The Prometheus surface: exactly the promised names, capped labels, nothing stale."""
 
+import math
+import time
 import urllib.request
 from collections.abc import Iterator
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.lora_info import LoraInfo
 from server.metrics import Metrics, MetricsEndpoint, ResidentAdapter
-
-PROMISED = {
-    "time_to_first_token_seconds",
-    "inter_token_latency_seconds",
-    "request_duration_seconds",
-    "request_queue_seconds",
-    "adapter_load_seconds",
-    "engine_step_seconds",
-    "batch_size",
-    "batch_adapters",
-    "requests_finished_total",
-    "prompt_tokens_total",
-    "generated_tokens_total",
-    "rejected_total",
-    "prefix_cache_queries_total",
-    "prefix_cache_hits_total",
-    "preemptions_total",
-    "adapter_requests_total",
-    "adapter_evictions_total",
-    "adapter_uploads_total",
-    "adapter_upload_bytes_total",
-    "adapter_validation_failures_total",
-    "requests_running",
-    "requests_waiting",
-    "kv_blocks_used_ratio",
-    "adapters_resident",
-    "adapter_bytes",
-    "adapter_loaded",
-    "store_bytes",
-    "engine_up",
-    "build_info",
-    "base_model_bytes",
-}
-"""The whole interface but the LoRA info gauge."""
+from tests.server.promised import LORA_INFO, PROMISED, found_in
 
 
 @pytest.fixture
@@ -55,11 +25,14 @@ def endpoint(metrics: Metrics) -> Iterator[MetricsEndpoint]:
     endpoint.close()
 
 
-def scrape(endpoint: MetricsEndpoint) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+def page_of(endpoint: MetricsEndpoint) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{endpoint.port}/metrics") as answer:
-        text = answer.read().decode()
+        return str(answer.read().decode())
+
+
+def scrape(endpoint: MetricsEndpoint) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
     samples: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
-    for family in text_string_to_metric_families(text):
+    for family in text_string_to_metric_families(page_of(endpoint)):
         for sample in family.samples:
             samples.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
     return samples
@@ -84,17 +57,57 @@ def use_everything(metrics: Metrics) -> None:
     metrics.count_upload("created", 512)
     metrics.count_validation_failure("INVALID_ADAPTER")
     metrics.residents_from(lambda: [ResidentAdapter("sql", "device", True, 64)])
-    metrics.store_bytes_from(lambda: 4096)
+    metrics.store_from(lambda: 4096, lambda: 8192)
 
 
-def test_names_are_exactly_the_promised_ones(metrics: Metrics, endpoint: MetricsEndpoint) -> None:
+def test_names_types_and_labels_are_exactly_the_promised_ones(
+    metrics: Metrics, endpoint: MetricsEndpoint
+) -> None:
     use_everything(metrics)
-    suffixes = ("_bucket", "_count", "_sum", "_created")
-    names = {name for name in scrape(endpoint) if not name.startswith("process_")}
-    plain = {name for name in names if not name.endswith(suffixes)}
-    histograms = {name.removesuffix("_bucket") for name in names if name.endswith("_bucket")}
-    assert {name.removeprefix("quickchange_") for name in plain | histograms} == PROMISED
-    assert all(name.startswith("quickchange_") for name in names)
+    assert found_in(page_of(endpoint)) == PROMISED
+    metrics.add_lora_info(lambda: LoraInfo(4, ["sql"], []))
+    assert found_in(page_of(endpoint)) == PROMISED | LORA_INFO
+
+
+def test_what_is_known_beforehand_begins_at_zero(metrics: Metrics, endpoint: MetricsEndpoint) -> None:
+    metrics.begin_at_zero()
+    seen = scrape(endpoint)
+    assert set(seen["quickchange_rejected_total"].values()) == {0}
+    assert (("code", "OK"), ("reason", "stop")) in seen["quickchange_requests_finished_total"]
+    assert set(seen["quickchange_adapter_load_seconds_count"].values()) == {0}
+    metrics.observe_step("decode", 0.01, 1, 0)
+    assert scrape(endpoint)["quickchange_engine_step_seconds_count"][(("phase", "decode"),)] == 1
+
+
+def test_a_store_that_does_not_answer_takes_no_other_series_along(
+    metrics: Metrics, endpoint: MetricsEndpoint
+) -> None:
+    def broken() -> int:
+        raise OSError(5, "Input/output error")
+
+    use_everything(metrics)
+    metrics.store_from(broken, lambda: 8192)
+    seen = scrape(endpoint)
+    assert math.isnan(seen["quickchange_store_bytes"][()])
+    assert seen["quickchange_store_free_bytes"] == {(): 8192}
+    assert seen["quickchange_engine_up"] == {(): 1}
+
+
+def test_the_lora_info_is_one_series_whatever_it_listed_before(
+    metrics: Metrics, endpoint: MetricsEndpoint
+) -> None:
+    infos = iter([LoraInfo(2, ["b", "a"], ["c"]), LoraInfo(3, ["c"], [])])
+    metrics.add_lora_info(lambda: next(infos))
+    began_s = time.time()
+    expected = [("2", "a,b", "c"), ("3", "c", "")]
+    for fitting, running, waiting in expected:
+        ((labels, value),) = scrape(endpoint)["quickchange_lora_requests_info"].items()
+        assert dict(labels) == {
+            "max_lora": fitting,
+            "running_lora_adapters": running,
+            "waiting_lora_adapters": waiting,
+        }
+        assert began_s <= value <= time.time()
 
 
 def test_values_arrive(metrics: Metrics, endpoint: MetricsEndpoint) -> None:
@@ -112,6 +125,7 @@ def test_values_arrive(metrics: Metrics, endpoint: MetricsEndpoint) -> None:
     assert seen["quickchange_batch_adapters_sum"] == {(): 2}
     assert seen["quickchange_adapter_upload_bytes_total"] == {(): 512}
     assert seen["quickchange_store_bytes"] == {(): 4096}
+    assert seen["quickchange_store_free_bytes"] == {(): 8192}
     assert seen["quickchange_adapters_resident"] == {(("tier", "device"),): 1, (("tier", "host"),): 0}
     assert seen["quickchange_adapter_bytes"] == {(("tier", "device"),): 64, (("tier", "host"),): 0}
 
