@@ -35,6 +35,7 @@ from quickchange.v1 import (
 from server.chat import PromptEncoder
 from server.config import MIB, ServerSettings
 from server.engine import Engine
+from server.logs import configure_logging
 from server.memory import OutOfMemoryAtStartError
 from server.merged import MergedAdapter
 from server.metrics import Metrics, MetricsEndpoint
@@ -54,6 +55,7 @@ from server.services.replica import Replica
 from server.services.server_info import ServerService
 from server.services.uploads import MAX_CHUNK_BYTES
 from server.services.workers import Workers
+from server.tracing import TracingError, tracer_for
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +87,7 @@ def serve(settings: ServerSettings) -> int:
     Returns:
         The exit code: 0 after an orderly end, 1 if it could not start or its engine died.
     """
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
+    configure_logging(settings.telemetry.log_format)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
         _check_free("--port", settings.grpc.host, settings.grpc.port)
@@ -95,7 +95,7 @@ def serve(settings: ServerSettings) -> int:
         with _open_store(settings) as store:
             base, merged = _load_base(settings, store)
             return asyncio.run(Server(settings, base, store, merged).run())
-    except (StartError, BaseModelError, AdapterError, OutOfMemoryAtStartError) as error:
+    except (StartError, BaseModelError, AdapterError, OutOfMemoryAtStartError, TracingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -111,7 +111,8 @@ class Server:
         self._merged = merged
         self._store = store
         self._metrics = Metrics(adapter_series_cap=settings.metrics.adapter_series_cap)
-        self._engine = Engine(base, store, settings.engine, self._metrics)
+        self._tracer = tracer_for(settings.telemetry, VERSION)
+        self._engine = Engine(base, store, settings.engine, self._metrics, self._tracer)
         self._workers = Workers(settings.grpc.worker_threads)
         self._prompts = PromptEncoder(base.tokenizer, base.chat_template, settings.grpc.max_prompt_bytes)
         self._replica = Replica(store, settings.store.refresh_s) if isinstance(store, ReplicaStore) else None
@@ -164,6 +165,8 @@ class Server:
             sweeping.cancel()
             await asyncio.wait([sweeping])
             await self._engine.stop(0)
+            if self._tracer is not None:
+                await asyncio.to_thread(self._tracer.close)
             await self._prompts.close()
             self._workers.close()
         log.info("stopped")

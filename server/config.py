@@ -209,6 +209,20 @@ class MetricsSettings(Section):
 
 
 @dataclass(frozen=True, slots=True)
+class TelemetrySettings(Section):
+    """Logs and traces."""
+
+    log_format: Annotated[Literal["text", "json"], About("lines of the log, for people or programs")] = "text"
+    otlp_endpoint: Annotated[
+        str | None,
+        About("collector of OpenTelemetry traces, such as http://127.0.0.1:4317; unset: no traces"),
+    ] = None
+    trace_ratio: Annotated[
+        float, About("part of the requests that are traced, unless the caller decided", 0, 1)
+    ] = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class ServerSettings:
     """All settings of one server process."""
 
@@ -217,6 +231,7 @@ class ServerSettings:
     engine: EngineSettings = EngineSettings()
     grpc: GrpcSettings = GrpcSettings()
     metrics: MetricsSettings = MetricsSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
 
 SECTIONS: Mapping[str, type[Section]] = {
@@ -225,6 +240,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "engine": EngineSettings,
     "grpc": GrpcSettings,
     "metrics": MetricsSettings,
+    "telemetry": TelemetrySettings,
 }
 
 # Flags with a name of their own; every other setting is --field where no other section has that field.
@@ -241,8 +257,11 @@ FLAG_NAMES: Mapping[str, str] = {
     "metrics_port": "metrics.port",
 }
 
-# Variables that the client and the cache share with the server, so they carry no section.
-_SHARED_VARIABLES: Mapping[str, str] = {"QUICKCHANGE_CACHE": "base.cache_dir"}
+# Variables that the server shares with the client, the cache and other programs, so they carry no section.
+_SHARED_VARIABLES: Mapping[str, str] = {
+    "QUICKCHANGE_CACHE": "base.cache_dir",
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "telemetry.otlp_endpoint",
+}
 
 
 class _Given(NamedTuple):

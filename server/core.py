@@ -30,6 +30,7 @@ from server.sequence import Phase, Sequence
 from server.statistics import StepCounters
 from server.stream import RequestStream
 from server.text import decoder_of
+from server.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class EngineCore:
         settings: EngineSettings,
         metrics: Metrics,
         wake: Callable[[], None],
+        tracer: Tracer | None = None,
     ) -> None:
         """
         Args:
@@ -62,7 +64,7 @@ class EngineCore:
         self.decoder = decoder_of(base.tokenizer)
         self.counters = StepCounters()
         self.max_batch_tokens = settings.batch_tokens_on(base.device.type)
-        self._metrics = metrics
+        self._metrics, self._tracer = metrics, tracer
         self._eos_token_ids = base.eos_token_ids
         self.runner = ModelRunner(
             base,
@@ -126,6 +128,11 @@ class EngineCore:
         """Queues a request. Its first answer goes ahead; the others find the prompt in the prefix cache."""
         self._generations.update((answer.sequence, answer) for answer in answers)
         self._held += len(answers) - 1
+        if self._tracer is not None:
+            first = answers[0]
+            first.trace = self._tracer.begin(
+                "generate", first.request.traceparent, first.sequence.submitted_s
+            )
         self.scheduler.add(answers[0].sequence)
 
     def cancel(self, answers: Items[Generation]) -> None:
@@ -235,8 +242,9 @@ class EngineCore:
     def _emit(self, generation: Generation, event: TokenEvent) -> None:
         self._events.append((generation.stream, event))
         if isinstance(event, Started):
-            self._metrics.observe_queue(event.queue_s)
-            self._metrics.observe_first_token(generation.duration_s)
+            trace_id = generation.trace.sampled_id if generation.trace else None
+            self._metrics.observe_queue(event.queue_s, trace_id)
+            self._metrics.observe_first_token(generation.duration_s, trace_id)
             self._metrics.count_prefix_cache(event.prompt_tokens, event.cached_tokens)
             self._let_siblings_in(generation)
         elif isinstance(event, Finished):
@@ -278,6 +286,9 @@ class EngineCore:
         self.counters.count_request()
         request = generation.request
         generated = sum(sibling.sequence.output_length for sibling in generation.siblings)
+        first = generation.siblings[0]
+        if first.trace is not None:
+            first.end_trace(reason, code, generated)
         self._metrics.observe_finished(
             reason,
             code,
@@ -285,6 +296,7 @@ class EngineCore:
             generation.sequence.prompt_length,
             generated,
             request.answers_as.name if request.answers_as else "",
+            first.trace.sampled_id if first.trace else None,
         )
 
     def _settle_loads(self) -> None:

@@ -27,6 +27,7 @@ from server.metrics import Metrics
 from server.request import Request, TokenEvent
 from server.statistics import EngineStats
 from server.stream import RequestStream
+from server.tracing import Tracer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -39,7 +40,14 @@ _STOP_POLL_S = 0.02
 class Engine:
     """Runs requests on one base, in a thread of its own."""
 
-    def __init__(self, base: Base, store: AdapterStore, settings: EngineSettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        base: Base,
+        store: AdapterStore,
+        settings: EngineSettings,
+        metrics: Metrics,
+        tracer: Tracer | None = None,
+    ) -> None:
         """
         Raises:
             UnsupportedBaseError: the base cannot be served.
@@ -56,7 +64,7 @@ class Engine:
         self._residents: tuple[Resident, ...] = ()
         self._tiers: Mapping[str, TierName] = {}
         self._changes_shown = 0
-        self._core = EngineCore(base, store, settings, metrics, self._wake)
+        self._core = EngineCore(base, store, settings, metrics, self._wake, tracer)
         self.on_death: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run_thread, name="engine", daemon=True)
 

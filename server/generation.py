@@ -16,6 +16,7 @@ from server.request import (
 from server.sampler import Choice, SampleRow, uniform_of
 from server.sequence import Sequence
 from server.stream import RequestStream
+from server.tracing import Interval, RequestTrace
 
 
 class Generation:
@@ -24,6 +25,7 @@ class Generation:
     Attributes:
         index: which of the request's answers it is.
         siblings: all of the request's answers, this one too, by index.
+        trace: the request's, for the first of them; None if there is no tracer.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Generation:
         self.stream = stream
         self.index = index
         self.siblings: list[Generation] = [self]
+        self.trace: RequestTrace | None = None
         self._text = Detokenizer(decoder, request.sampling.stop)
         seed = request.sampling.seed
         self._first_token_s: float | None = None
@@ -101,6 +104,37 @@ class Generation:
     def duration_s(self) -> float:
         """Seconds since submission."""
         return time.monotonic() - self.sequence.submitted_s
+
+    def end_trace(self, reason: str, code: str, generated_tokens: int) -> None:
+        """The request ended, and with it its span.
+
+        Args:
+            reason, code: as metrics know them.
+            generated_tokens: of all answers.
+        """
+        assert self.trace is not None
+        adapter = self.request.answers_as
+        attributes: dict[str, str | int] = {
+            "quickchange.request_id": self.request.request_id,
+            "quickchange.adapter": f"{adapter.name}@{adapter.version}" if adapter else "",
+            "quickchange.adapter_digest": adapter.digest if adapter else "",
+            "quickchange.reason": reason,
+            "gen_ai.usage.input_tokens": self.sequence.prompt_length,
+            "gen_ai.usage.output_tokens": generated_tokens,
+        }
+        self.trace.end(self.parts(), attributes, code if reason == "failed" else None)
+
+    def parts(self) -> list[Interval]:
+        """What its life until now consisted of."""
+        sequence, now_s = self.sequence, time.monotonic()
+        began_s, admitted_s, first_token_s = sequence.submitted_s, sequence.admitted_s, self._first_token_s
+        parts = [Interval("queue", began_s, admitted_s or now_s)]
+        parts += [Interval("adapter load", *wait) for wait in sequence.adapter_waits]
+        if admitted_s is not None:
+            parts.append(Interval("prefill", admitted_s, first_token_s or now_s))
+        if first_token_s is not None:
+            parts.append(Interval("decode", first_token_s, now_s))
+        return parts
 
     def _timings(self) -> Timings:
         sequence = self.sequence

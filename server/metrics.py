@@ -159,11 +159,13 @@ class Metrics:
 
     # Requests
 
-    def observe_queue(self, seconds: float) -> None:
-        self._queue.observe(seconds)
+    # A trace's id becomes an exemplar: a request that one of the histogram's buckets counted.
 
-    def observe_first_token(self, seconds: float) -> None:
-        self._first_token.observe(seconds)
+    def observe_queue(self, seconds: float, trace_id: str | None = None) -> None:
+        self._queue.observe(seconds, _exemplar(trace_id))
+
+    def observe_first_token(self, seconds: float, trace_id: str | None = None) -> None:
+        self._first_token.observe(seconds, _exemplar(trace_id))
 
     def observe_inter_token(self, seconds: float) -> None:
         self._inter_token.observe(seconds)
@@ -176,6 +178,7 @@ class Metrics:
         prompt_tokens: int,
         generated_tokens: int,
         adapter: str,
+        trace_id: str | None = None,
     ) -> None:
         """A request that was queued ended.
 
@@ -185,7 +188,7 @@ class Metrics:
             adapter: its name; empty for the base.
         """
         self._finished.labels(reason, code).inc()
-        self._duration.observe(duration_s)
+        self._duration.observe(duration_s, _exemplar(trace_id))
         self._prompt_tokens.inc(prompt_tokens)
         self._generated_tokens.inc(generated_tokens)
         self._adapter_requests.labels(self._adapter_labels.label_of(adapter)).inc()
@@ -284,6 +287,10 @@ class Metrics:
         for result in ("created", "unchanged", "validated"):
             self._uploads.labels(result)
         self._validation_failures.labels("INVALID_ADAPTER")
+
+
+def _exemplar(trace_id: str | None) -> dict[str, str] | None:
+    return None if trace_id is None else {"trace_id": trace_id}
 
 
 def _number_from(source: Callable[[], int], name: str) -> float:

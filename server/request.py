@@ -120,6 +120,7 @@ class Request:
         priority: larger goes first.
         cache_salt: keys and values are shared only with requests of the same salt.
         deadline_s: absolute time on time.monotonic(), None for none.
+        traceparent: the caller's span, as W3C writes it; empty for none.
 
     Raises:
         InvalidRequestError: a value is out of its range.
@@ -135,6 +136,7 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     deadline_s: float | None = None
+    traceparent: str = ""
 
     @property
     def answers_as(self) -> AdapterIdentity | None:

@@ -247,6 +247,7 @@ class Scheduler:
             sequence.adapter_wait_began_s = now_s
         if slot is not None and sequence.adapter_wait_began_s is not None:
             sequence.adapter_wait_s += now_s - sequence.adapter_wait_began_s
+            sequence.adapter_waits.append((sequence.adapter_wait_began_s, now_s))
             sequence.adapter_wait_began_s = None
         return slot
 

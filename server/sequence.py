@@ -31,6 +31,7 @@ class Sequence:
         chain: keys of its blocks; None without a prefix cache.
         slot: adapter slot while RUNNING; 0 is the base.
         urgency: its priority and what waiting added to it, as of its admission.
+        adapter_waits: when it began and ended to wait for its adapter, on time.monotonic().
         submitted_s, admitted_s: on time.monotonic(); admitted for the first time.
     """
 
@@ -49,6 +50,7 @@ class Sequence:
     urgency: int = 0
     phase: Phase = Phase.NEW
     adapter_wait_s: float = 0.0
+    adapter_waits: list[tuple[float, float]] = field(default_factory=list)
     adapter_wait_began_s: float | None = None
     admitted_s: float | None = None
 

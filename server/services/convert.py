@@ -61,6 +61,7 @@ def request_of(
     *,
     room_tokens: int,
     deadline_s: float | None,
+    traceparent: str = "",
 ) -> Request:
     """What the caller wants of the engine.
 
@@ -81,6 +82,7 @@ def request_of(
         priority=message.priority,
         cache_salt=message.cache_salt,
         deadline_s=deadline_s,
+        traceparent=traceparent,
     )
 
 

@@ -124,6 +124,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                         answerer,
                         room_tokens=self._engine.max_context_tokens - len(prompt.token_ids),
                         deadline_s=_deadline_of(context),
+                        traceparent=_traceparent_of(context),
                     )
                 )
                 lease = self._catalogue.keep(record) if record else None
@@ -165,6 +166,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 def _deadline_of(context: Context) -> float | None:
     remaining_s: float | None = context.time_remaining()
     return None if remaining_s is None else time.monotonic() + remaining_s
+
+
+def _traceparent_of(context: Context) -> str:
+    """The caller's span; empty if it names none."""
+    values = (value for key, value in context.invocation_metadata() or () if key == "traceparent")
+    return str(next(values, ""))
 
 
 async def _collect(call: _Call) -> inference_pb2.GenerateResponse:

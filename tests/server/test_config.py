@@ -55,6 +55,7 @@ def test_every_setting_can_come_from_every_source(tmp_path: Path) -> None:
     }
     values |= {"adapter_eviction": "lru", "merged": "sql", "merged_into": "requantized"}
     values |= {"lora_info_gauge": "on"}
+    values |= {"log_format": "json", "otlp_endpoint": "http://collector:4317"}
     for setting in all_settings():
         section, name = setting.path.split(".")
         # Half the default stays within every range and every rule between fields.
