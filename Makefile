@@ -47,6 +47,7 @@ lint: $(STAMP)  ## Format, lint, types, floors, protos, stubs up to date
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint protos
+	$(BIN)/hadolint Dockerfile
 	@$(MAKE) --no-print-directory protos
 	@git diff --exit-code --stat -- quickchange/v1 || { echo 'quickchange/v1 is not what protos/ generates: commit the output of `make protos`'; exit 1; }
 

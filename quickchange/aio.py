@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Unpack
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quickchange import answers, requests
 from quickchange.aio_adapters import AsyncAdapterClient
@@ -50,6 +51,10 @@ class AsyncClient:
     @cached_property
     def _server(self) -> "server_pb2_grpc.ServerServiceAsyncStub":
         return server_pb2_grpc.ServerServiceStub(self._calls.channel)
+
+    @cached_property
+    def _health(self) -> health_pb2_grpc.HealthStub:
+        return health_pb2_grpc.HealthStub(self._calls.channel)
 
     @property
     def target(self) -> str:
@@ -142,6 +147,12 @@ class AsyncClient:
         """What serves, and how full it is."""
         response = await self._calls.unary(self._server.GetServerInfo, server_pb2.GetServerInfoRequest())
         return answers.server_info(response)
+
+    async def is_serving(self) -> bool:
+        """Whether the server takes requests: not while it starts or drains."""
+        check = self._health.Check  # type: ignore[attr-defined]  # its types leave the methods out
+        response = await self._calls.unary(check, health_pb2.HealthCheckRequest())
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self) -> int:
         """Lets the server admit nothing new, finish what runs, and exit. Returns how many requests run."""

@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Unpack
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quickchange import answers, requests
 from quickchange.adapter_client import AdapterClient
@@ -42,6 +43,7 @@ class Client:
         self._calls = Calls(self._endpoint)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._calls.channel)
         self._server = server_pb2_grpc.ServerServiceStub(self._calls.channel)
+        self._health = health_pb2_grpc.HealthStub(self._calls.channel)
         self.adapters = AdapterClient(self._calls)
 
     @property
@@ -131,6 +133,12 @@ class Client:
         """What serves, and how full it is."""
         response = self._calls.unary(self._server.GetServerInfo, server_pb2.GetServerInfoRequest())
         return answers.server_info(response)
+
+    def is_serving(self) -> bool:
+        """Whether the server takes requests: not while it starts or drains."""
+        check = self._health.Check  # type: ignore[attr-defined]  # its types leave the methods out
+        response = self._calls.unary(check, health_pb2.HealthCheckRequest())
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def drain(self) -> int:
         """Lets the server admit nothing new, finish what runs, and exit. Returns how many requests run."""
