@@ -1,6 +1,7 @@
 """A server with an adapter merged in: it answers as the live adapter does, and refuses what is not exact."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ def place(base: Path, adapters: Mapping[str, Path], tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="module")
 def merged(base: Path, place: Place) -> Iterator[ServerProcess]:
-    process = ServerProcess(base, place.store, place.settings, flags=("--merged", "a:prod"))
+    flags = ("--merged", "a:prod", "--lora-info-gauge", "on")
+    process = ServerProcess(base, place.store, place.settings, flags=flags)
     with running(process) as server:
         yield server
 
@@ -119,6 +121,13 @@ def test_it_is_shown(asked: Client, merged: ServerProcess, place: Place) -> None
         seen = next(event for event in events if event.adapter.name == "a")
     assert seen.adapter.residency is Residency.DEVICE
     assert "pinned adapter not loaded" not in merged.log
+
+
+def test_routers_find_it(asked: Client, merged: ServerProcess) -> None:
+    (info,) = (name for name in merged.scrape() if name.startswith("quickchange_lora_requests_info"))
+    (running,) = re.findall(r'running_lora_adapters="([^"]*)"', info)
+    assert "a@1" in running.split(",")
+    assert 'waiting_lora_adapters=""' in info
 
 
 def test_metrics_count_it_and_prompts_share_their_keys(asked: Client, merged: ServerProcess) -> None:
