@@ -51,10 +51,10 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _main() -> int:
-    import server.app
+    import server.resident
     from quickchange.cli import main
 
-    load_base = server.app.load_base
+    load_base = server.resident.load_base
 
     def load_and_watch(*args: Any, **kwargs: Any) -> Any:
         base = load_base(*args, **kwargs)
@@ -63,7 +63,7 @@ def _main() -> int:
         )
         return base
 
-    server.app.load_base = load_and_watch
+    server.resident.load_base = load_and_watch
     return main(sys.argv[1:])
 
 
