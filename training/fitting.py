@@ -133,6 +133,7 @@ def fit(
             ],
         )  # fmt: skip
         trainer.order, trainer.processes = order, processes
+        trainer.tokens_per_step = _learned_per_step(order, data)
         trainer.remove_callback(PrinterCallback)
         _check_divisible(trainer, base)
         if not processes.is_main:
@@ -172,9 +173,21 @@ class _OrderedTrainer(SequenceTrainer):
 
     order: RowOrder
     processes: Processes
+    tokens_per_step: float
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
         return self.order
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Where like lengths share a step its loss is divided by the tokens that a step learns on average.
+
+        Divided by its own tokens, as the Trainer does and as is right for random steps, each token of a step
+        of short answers would weigh more than one of long answers, in every epoch.
+        """
+        batches, tokens = super().get_batch_samples(*args, **kwargs)
+        if tokens is not None and self.order.padded:
+            tokens = torch.full_like(tokens, self.tokens_per_step, dtype=torch.float32)
+        return batches, tokens
 
     def get_train_dataloader(self) -> Any:
         if self.processes.count == 1:
@@ -203,6 +216,12 @@ class _OrderedTrainer(SequenceTrainer):
             self.processes,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+
+def _learned_per_step(order: RowOrder, data: TrainingData) -> float:
+    """Tokens that are learned in a full step of all processes, on average."""
+    learned = sum(example.learned_tokens for pack in data.sequences for example in pack)
+    return learned / len(data.sequences) * min(order.rows_per_step, len(data.sequences))
 
 
 def _check_divisible(trainer: _OrderedTrainer, base: Base) -> None:

@@ -28,22 +28,23 @@ class RowOrder(Sampler[int]):
 
     Attributes:
         epoch: the next iteration's; set by whoever counts them.
+        rows_per_step, padded: as given.
     """
 
     def __init__(self, lengths: Sequence[int], rows_per_step: int, seed: int, *, padded: bool) -> None:
         self.epoch = 0
         self._lengths = list(lengths)
-        self._rows_per_step = rows_per_step
+        self.rows_per_step = rows_per_step
         self._seed = seed
-        self._padded = padded
+        self.padded = padded
 
     def __len__(self) -> int:
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * _EPOCHS + self.epoch)
-        rows = self._rows_per_step
-        order = self._grouped(generator) if self._padded else _shuffled(len(self._lengths), generator)
+        rows = self.rows_per_step
+        order = self._grouped(generator) if self.padded else _shuffled(len(self._lengths), generator)
         steps = [order[first : first + rows] for first in range(0, len(order), rows)]
         full, rest = steps[: len(order) // rows], steps[len(order) // rows :]
         mixed = [full[place] for place in _shuffled(len(full), generator)]
@@ -55,12 +56,12 @@ class RowOrder(Sampler[int]):
         """Long rows before short ones, again and again: in that order the last steps would be of short rows
         alone, and what a model saw last weighs most.
         """
-        order: list[int] = get_length_grouped_indices(self._lengths, self._rows_per_step, generator=generator)
+        order: list[int] = get_length_grouped_indices(self._lengths, self.rows_per_step, generator=generator)
         return order
 
     def _weight(self, step: Sequence[int]) -> int:
         lengths = [self._lengths[row] for row in step]
-        return max(lengths) if self._padded else sum(lengths)
+        return max(lengths) if self.padded else sum(lengths)
 
 
 def _shuffled(count: int, generator: torch.Generator) -> list[int]:

@@ -79,6 +79,24 @@ def test_gradients_stay_right_through_an_evaluation(
     torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_each_learned_token_weighs_the_same_where_like_lengths_share_a_step(
+    base: Base, tmp_path: Path
+) -> None:
+    """Long and short answers apart or together: a model that hardly changes has the same mean loss."""
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"say {n}", "completion": "ok " * (1 + 3 * (n % 8))} for n in range(16)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def mean_loss(rows_per_step: int) -> float:
+        changes = {"share_prefixes": False, "learning_rate": 1e-8, "epochs": 1.0}
+        result = run(base, data, f"out{rows_per_step}", batch_size=rows_per_step, **changes)
+        steps = result.fit.losses
+        assert len(steps) == len(rows) // rows_per_step
+        return sum(step.loss for step in steps) / len(steps)
+
+    assert mean_loss(2) == pytest.approx(mean_loss(16), rel=1e-5)
+
+
 @pytest.mark.skipif(not fused_kernel_works(), reason="only processors with AVX512-BF16 repack")
 def test_the_hazard_is_real(base: Base, folder: Path, base_cache: Path, batch: dict[str, Any]) -> None:
     """The control of the test above: with bitsandbytes' own repacking the gradients do go wrong."""
