@@ -52,6 +52,25 @@ def publish_folder(folder: Path, build: Callable[[Path], None]) -> None:
         raise
 
 
+def publish_file(file: Path, build: Callable[[Path], None]) -> None:
+    """As `publish_folder`, for one file; the folder it is to lie in is made.
+
+    Raises:
+        FileExistsError: `file` exists.
+        OSError: the disk failed.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
+        staged = Path(folder) / file.name
+        build(staged)
+        staged.chmod(0o644)
+        _flush(staged)
+        if file.exists():  # a rename would replace it
+            raise FileExistsError(f"{file} exists already; remove it or choose another --out")
+        staged.rename(file)
+    _flush(file.parent)
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """An exclusive lock between processes, freed when this one dies."""

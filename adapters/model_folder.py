@@ -4,18 +4,19 @@ What is written needs nothing of this project. Knows no adapters and no training
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from adapters.base import Base
 from adapters.errors import BaseModelError
-from adapters.fingerprint import weight_files
+from adapters.fingerprint import StoredTensor, stored_tensors, weight_files
 from adapters.quantize import progress_bars
 
 _GENERATION_FILE: Final = "generation_config.json"
@@ -46,7 +47,7 @@ def save_model(folder: Path, base: Base, model: Any, *, dtype: str, chat_templat
     original = base.folder / _GENERATION_FILE
     if original.is_file():  # copied: save_pretrained refuses many that are published and work
         model.generation_config = GenerationConfig()
-    with progress_bars(False):
+    with progress_bars(False), writing("the model"):
         model.save_pretrained(folder)
     if original.is_file():
         shutil.copyfile(original, folder / _GENERATION_FILE)
@@ -68,13 +69,12 @@ def stored_weights(folder: Path) -> Callable[[str, Tensor], Tensor]:
     Raises:
         BaseModelError: the folder has no weights; on reading, it has no such one.
     """
-    files = {name: path for path in weight_files(folder) for name in _names(path)}
+    stored = all_weights(folder)
 
     def read(name: str, like: Tensor) -> Tensor:
         shape = "is missing"
-        if name in files:
-            with safe_open(files[name], "pt") as file:
-                weight: Tensor = file.get_tensor(name)
+        if name in stored:
+            weight = read_weight(stored[name])
             if weight.shape == like.shape:
                 return weight
             shape = f"is {tuple(weight.shape)}"
@@ -85,6 +85,26 @@ def stored_weights(folder: Path) -> Callable[[str, Tensor], Tensor]:
     return read
 
 
-def _names(path: Path) -> list[str]:
-    with safe_open(path, "pt") as file:
-        return list(file.keys())
+@contextmanager
+def writing(name: str) -> Iterator[None]:
+    """Around a call of safetensors that writes, whose error for a full disk is no OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{name} cannot be written: {error}") from error
+
+
+def all_weights(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model folder by its name, without reading any.
+
+    Raises:
+        BaseNotFoundError: the folder has no weights, or damaged ones.
+    """
+    return {stored.name: stored for path in weight_files(folder) for stored in stored_tensors(path)}
+
+
+def read_weight(stored: StoredTensor) -> Tensor:
+    """One of `all_weights`, as it is stored."""
+    with safe_open(stored.path, "pt") as file:
+        weight: Tensor = file.get_tensor(stored.name)
+    return weight

@@ -26,7 +26,7 @@ from adapters.cache import publish_folder
 from adapters.errors import BaseModelError
 from adapters.files import BUNDLE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from adapters.fingerprint import read_config
-from adapters.model_folder import stored_weights
+from adapters.model_folder import stored_weights, writing
 from adapters.quantize import Quantization
 from adapters.validate import validate_adapter
 from training.provenance import manifest_of
@@ -212,7 +212,8 @@ def _save(folder: Path, kept: Sequence[_Factors], base: Base, rank: int) -> None
     plain["target_modules"] = sorted(plain["target_modules"])  # PEFT's set would come in another order
     (folder / CONFIG_FILE).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
     tensors = dict(pair for each in kept for pair in _tensors(each))
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    with writing(WEIGHTS_FILE):
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / BUNDLE_FILE).write_text(manifest_of(base).to_json())
 
 
