@@ -16,6 +16,7 @@ from quickchange.commands import (
     demo,
     doctor,
     evaluate,
+    export,
     extract,
     generate,
     health,
@@ -52,6 +53,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "certify": certify,
     "extract": extract,
     "combine": combine,
+    "export": export,
 }
 
 
