@@ -47,6 +47,7 @@ sys.exit(main(sys.argv[1:]))
         (("serve", "--base", "x"), "server"),
         (("merge", "--base", "x", "--adapter", "y", "--out", "z"), "server"),
         (("train", "--data", "x", "--out", "y"), "train"),
+        (("export", "--format", "gguf", "--model", "x", "--out", "y"), "train"),
     ],
 )
 def test_without_the_extra_the_command_says_what_to_install(argv: tuple[str, ...], extra: str) -> None:
