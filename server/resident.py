@@ -95,7 +95,8 @@ def _tell(merged: MergedAdapter, base: Base, settings: BaseSettings) -> None:
     if merged.into == "requantized":
         log.warning(
             "%s is merged into 4-bit weights, which are not the live adapter and may be nearer to the bare "
-            "base; `quickchange merge --into requantized --data` measures it, the default of --merged-into is it",
+            "base; `quickchange merge --into requantized --data` measures how far off they are, and the "
+            "default of --merged-into is the live adapter",
             merged.label,
         )
     elif settings.quantization != "none" and base.device.type == "cpu":

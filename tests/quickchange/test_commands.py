@@ -30,9 +30,11 @@ WITHOUT_TORCH = """
 import sys
 from importlib.abc import MetaPathFinder
 
+EXTRAS = ("torch", "transformers", "prometheus_client", "yaml", "grpc_reflection")
+
 class Missing(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "transformers", "prometheus_client", "yaml", "grpc_health"):
+        if name.partition(".")[0] in EXTRAS:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())
