@@ -25,6 +25,7 @@ from quickchange.errors import (
     UnimplementedError,
 )
 from quickchange.requests import GenerateOptions, Prompt
+from quickchange.tls import tls_credentials
 from quickchange.types import (
     Adapter,
     AdapterEvent,
@@ -119,4 +120,5 @@ __all__ = [
     "Usage",
     "ValidationCheck",
     "ValidationReport",
+    "tls_credentials",
 ]

@@ -22,7 +22,9 @@ class Client:
     Args:
         target: HOST:PORT; without it $QUICKCHANGE_SERVER, else 127.0.0.1:50051.
         token: bearer token; without it $QUICKCHANGE_TOKEN.
-        credentials: for TLS, such as grpc.ssl_channel_credentials(); without it the connection is plain text.
+        credentials: for TLS, from `quickchange.tls_credentials`; without it what $QUICKCHANGE_TLS,
+            $QUICKCHANGE_SERVER_CA, $QUICKCHANGE_CLIENT_CERT and $QUICKCHANGE_CLIENT_KEY ask for, else
+            plain text.
         timeout_s: of each call, its retries included; None waits for ever.
         retry_window_s: how long calls that are safe to repeat are repeated while nobody answers.
 

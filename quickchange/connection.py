@@ -1,5 +1,7 @@
 """Where the server is, and how long a call to it may be tried again. Knows nothing of what is called."""
 
+import ipaddress
+import logging
 import os
 import random
 import time
@@ -14,15 +16,24 @@ import grpc.aio
 from quickchange.errors import (
     DRAINING,
     NO_CONNECTION,
+    TLS_FAILED,
     DeadlineExceededError,
     QuickchangeError,
     ResourceExhaustedError,
     UnavailableError,
 )
+from quickchange.tls import credentials_from
+
+log = logging.getLogger(__name__)
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 
 _REMEDY = "start one with `quickchange serve`, or correct the address"
+_HUNG_UP = "Socket closed"  # gRPC's word for a connection that ended before it was one
+_TLS_REMEDY = (
+    "it ends the connection at once: if it speaks TLS, ask it with --tls (QUICKCHANGE_TLS=on), and with "
+    "a certificate if it demands one"
+)
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 FIRST_DELAY_S = 0.1
@@ -72,14 +83,23 @@ class Endpoint:
         retry_window_s: float,
         environ: Mapping[str, str] = os.environ,
     ) -> "Endpoint":
-        """What was given, else the environment, else the default."""
-        return cls(
+        """What was given, else the environment, else the default.
+
+        Raises:
+            InvalidArgumentError: the environment's files for TLS are no good.
+        """
+        endpoint = cls(
             target=target or environ.get("QUICKCHANGE_SERVER") or DEFAULT_TARGET,
             token=token or environ.get("QUICKCHANGE_TOKEN") or None,
-            credentials=credentials,
+            credentials=credentials or credentials_from(environ),
             timeout_s=timeout_s,
             retry_window_s=retry_window_s,
         )
+        if endpoint.token and endpoint.credentials is None and not is_local(endpoint.target):
+            log.warning(
+                "the token goes to %s in plain text, where others can read it; use TLS", endpoint.target
+            )
+        return endpoint
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -198,16 +218,33 @@ class Attempts:
         return delay_s
 
     def _may_repeat(self, error: QuickchangeError) -> bool:
-        return isinstance(error, UnavailableError) and (self.repeatable or error.reason == NO_CONNECTION)
+        if not isinstance(error, UnavailableError) or error.reason == TLS_FAILED:
+            return False
+        return self.repeatable or error.reason == NO_CONNECTION
 
     def _final(self, error: QuickchangeError) -> QuickchangeError:
         if error.reason != NO_CONNECTION:
             return error
-        return UnavailableError(f"no server answers at {self.target}; {_REMEDY}", reason=NO_CONNECTION)
+        remedy = _TLS_REMEDY if _HUNG_UP in error.message else _REMEDY
+        return UnavailableError(f"no server answers at {self.target}; {remedy}", reason=NO_CONNECTION)
 
     def _backoff_s(self) -> float:
         longest_s: float = min(FIRST_DELAY_S * 2**self._failures, LONGEST_DELAY_S)
         return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 - spreads clients, keeps no secret
+
+
+def is_local(target: str) -> bool:
+    """Whether what is sent to a gRPC target stays on this machine."""
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    address = target.rpartition("/")[2]
+    for scheme in ("dns:", "ipv4:", "ipv6:"):
+        address = address.removeprefix(scheme)
+    host = address.rpartition(":")[0].strip("[]") or address
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _refused(error: QuickchangeError) -> bool:

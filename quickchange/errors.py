@@ -39,10 +39,20 @@ DOMAIN = "quickchange"
 NO_CONNECTION = "NO_CONNECTION"
 """Reason of an UnavailableError whose request never left this process, so that sending it again is safe."""
 
+TLS_FAILED = "TLS_FAILED"
+"""Reason of an UnavailableError of a client and a server that do not trust each other, or speak no TLS."""
+
 DRAINING = "DRAINING"
 """Reason of an UnavailableError of a server that is going away and did not begin with the call."""
 
 _NEVER_CONNECTED = "failed to connect to all addresses"  # gRPC has no code for it, only this text
+_NO_HANDSHAKE = {  # what gRPC writes then: what it means; the first that is there counts
+    "WRONG_VERSION_NUMBER": "the server speaks plain text; ask it without TLS",
+    "CERTIFICATE_VERIFY_FAILED": "this client does not trust the server's certificate; name who "
+    "signed it with --tls-ca (QUICKCHANGE_SERVER_CA), or renew it if it has expired",
+    "Hostname Verification": "the server's certificate is for another name; ask it by one that is in it",
+    "handshake failed": "what both sides accept does not meet",
+}
 _DEADLINE_HERE = "Deadline Exceeded"  # what gRPC itself writes when the server said nothing
 _NEVER_TAKEN = "CANCELLED"  # the same, of a call that reached a server as it shut down; ours say "Locally"
 
@@ -197,6 +207,8 @@ def from_rpc(error: grpc.RpcError) -> QuickchangeError:
     call = cast(grpc.Call, error)  # every RpcError that a stub raises is also a Call
     code, message = call.code().name, call.details() or ""
     if code == "UNAVAILABLE" and message.startswith(_NEVER_CONNECTED):
+        if any(sign in message for sign in _NO_HANDSHAKE):
+            return _no_handshake(message)
         return UnavailableError(f"no server answers: {message}", reason=NO_CONNECTION)
     if code == "DEADLINE_EXCEEDED" and message == _DEADLINE_HERE:
         return DeadlineExceededError("the time-out passed before the answer was complete; allow more time")
@@ -211,6 +223,13 @@ def from_rpc(error: grpc.RpcError) -> QuickchangeError:
         retry_after_s=details.retry_after_s,
         metadata=details.metadata,
         report=details.report,
+    )
+
+
+def _no_handshake(message: str) -> UnavailableError:
+    why = next(text for sign, text in _NO_HANDSHAKE.items() if sign in message)
+    return UnavailableError(
+        f"no TLS connection: {why} ({message[len(_NEVER_CONNECTED) :].lstrip('; ')})", reason=TLS_FAILED
     )
 
 

@@ -24,6 +24,7 @@ from adapters.remote import RemotePlace
 from adapters.replica import ReplicaStore
 from adapters.retention import RetentionPolicy
 from adapters.store import AdapterStore
+from quickchange.certificates import CertificateError
 from quickchange.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -53,6 +54,7 @@ from server.services.ingest import UploadDesk
 from server.services.interceptors import StatusInterceptor
 from server.services.replica import Replica
 from server.services.server_info import ServerService
+from server.services.tls import ServerCertificates
 from server.services.uploads import MAX_CHUNK_BYTES
 from server.services.workers import Workers
 from server.tracing import TracingError, tracer_for
@@ -92,6 +94,7 @@ def serve(settings: ServerSettings) -> int:
     try:
         _check_free("--port", settings.grpc.host, settings.grpc.port)
         _check_free("--metrics-port", settings.metrics.host, settings.metrics.port)
+        _check_certificate(settings)
         with _open_store(settings) as store:
             base, merged = _load_base(settings, store)
             return asyncio.run(Server(settings, base, store, merged).run())
@@ -240,11 +243,17 @@ class Server:
         names = (*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, rpc_server)
         try:
-            port = rpc_server.add_insecure_port(_address(settings.host, settings.port))
+            port = self._listen(rpc_server, _address(settings.host, settings.port))
         except RuntimeError as error:
             raise _cannot_listen("--port", settings.host, settings.port, error) from None
         await rpc_server.start()
         return rpc_server, port
+
+    def _listen(self, rpc_server: grpc.aio.Server, address: str) -> int:
+        if self._settings.tls.cert is None:
+            return rpc_server.add_insecure_port(address)
+        certificates = ServerCertificates(self._settings.tls, self._metrics.count_certificate_reload)
+        return rpc_server.add_secure_port(address, certificates.credentials())
 
     def _grpc_options(self) -> list[tuple[str, int]]:
         largest_bytes = max(self._settings.grpc.max_prompt_bytes * 2, MAX_CHUNK_BYTES)
@@ -367,6 +376,16 @@ def _load_base(settings: ServerSettings, store: AdapterStore) -> tuple[Base, Mer
         return load_merged(settings, store)
     except (AdapterError, OutOfMemoryAtStartError) as error:
         raise StartError(f"--merged {settings.base.merged}: {error}") from None
+
+
+def _check_certificate(settings: ServerSettings) -> None:
+    """Finds a bad certificate before minutes go into loading the base."""
+    if settings.tls.cert is None:
+        return
+    try:
+        ServerCertificates(settings.tls, on_reload=lambda _: None)
+    except CertificateError as error:
+        raise StartError(f"--tls-cert, --tls-key or --tls-client-ca: {error}") from None
 
 
 def _check_free(flag: str, host: str, port: int) -> None:

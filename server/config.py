@@ -223,6 +223,28 @@ class TelemetrySettings(Section):
 
 
 @dataclass(frozen=True, slots=True)
+class TlsSettings(Section):
+    """Encryption of the gRPC face; without a certificate it is plain text."""
+
+    cert: Annotated[
+        Path | None, About("PEM file: the server's certificate, and those between it and a root")
+    ] = None
+    key: Annotated[Path | None, About("PEM file: its private key, not encrypted")] = None
+    client_ca: Annotated[
+        Path | None, About("PEM file: who signs clients' certificates, which are then demanded")
+    ] = None
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        if self.cert is not None and self.key is None:
+            raise RangeError("key", f"is not set: give the private key of {self.cert}")
+        if self.cert is None and self.key is not None:
+            raise RangeError("cert", f"is not set: give the certificate that {self.key} belongs to")
+        if self.cert is None and self.client_ca is not None:
+            raise RangeError("cert", "is not set: clients' certificates need the server to have one")
+
+
+@dataclass(frozen=True, slots=True)
 class ServerSettings:
     """All settings of one server process."""
 
@@ -232,6 +254,7 @@ class ServerSettings:
     grpc: GrpcSettings = GrpcSettings()
     metrics: MetricsSettings = MetricsSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+    tls: TlsSettings = TlsSettings()
 
 
 SECTIONS: Mapping[str, type[Section]] = {
@@ -241,6 +264,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "grpc": GrpcSettings,
     "metrics": MetricsSettings,
     "telemetry": TelemetrySettings,
+    "tls": TlsSettings,
 }
 
 # Flags with a name of their own; every other setting is --field where no other section has that field.
@@ -255,6 +279,9 @@ FLAG_NAMES: Mapping[str, str] = {
     "port": "grpc.port",
     "metrics_host": "metrics.host",
     "metrics_port": "metrics.port",
+    "tls_cert": "tls.cert",
+    "tls_key": "tls.key",
+    "tls_client_ca": "tls.client_ca",
 }
 
 # Variables that the server shares with the client, the cache and other programs, so they carry no section.

@@ -76,6 +76,7 @@ class Metrics:
         self._register_request_series()
         self._register_engine_series()
         self._register_adapter_series()
+        self._register_access_series()
         self._residents = _ResidentsCollector(adapter_series_cap)
         self.registry.register(self._residents)
         ProcessCollector(registry=self.registry)
@@ -145,6 +146,11 @@ class Metrics:
         )
         self._store_bytes = self._gauge("store_bytes", "Bytes of all adapters on disk")
         self._store_free = self._gauge("store_free_bytes", "Bytes that are free on the store's disk")
+
+    def _register_access_series(self) -> None:
+        self._certificate_reloads = self._counter(
+            "certificate_reloads", "Times that the certificate's files had changed, by result", ("result",)
+        )
 
     def _histogram(
         self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()
@@ -256,6 +262,12 @@ class Metrics:
 
     def count_validation_failure(self, reason: str) -> None:
         self._validation_failures.labels(reason).inc()
+
+    # Access
+
+    def count_certificate_reload(self, good: bool) -> None:
+        """The certificate's files had changed, and were good or not."""
+        self._certificate_reloads.labels("ok" if good else "error").inc()
 
     def residents_from(self, source: Callable[[], Iterable[ResidentAdapter]]) -> None:
         """Asks `source` at every scrape which adapters are in memory."""

@@ -1,11 +1,23 @@
 """What several commands have in common on the command line. Knows no command."""
 
 import argparse
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import grpc
+
 from quickchange.client import Client
+from quickchange.commands.failure import MISUSED, CommandError
 from quickchange.connection import DEFAULT_TARGET
+from quickchange.tls import (
+    AUTHORITY_VARIABLE,
+    CERTIFICATE_VARIABLE,
+    KEY_VARIABLE,
+    USE_VARIABLE,
+    credentials_from,
+)
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -24,7 +36,7 @@ def add_command(subparsers: "Subparsers", name: str, summary: str, examples: str
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("server", "the token comes from QUICKCHANGE_TOKEN, if there is one")
+    group = parser.add_argument_group("server")
     group.add_argument(
         "--server",
         metavar="HOST:PORT",
@@ -44,10 +56,81 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds to wait for a server that does not answer (default: %(default)g)",
     )
+    _add_access_options(parser)
+
+
+def _add_access_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("access")
+    token = group.add_mutually_exclusive_group()
+    token.add_argument(
+        "--token",
+        metavar="TOKEN",
+        help="what lets this client in (default: QUICKCHANGE_TOKEN); others on this machine see it here: "
+        "rather use --token-file",
+    )
+    token.add_argument("--token-file", type=Path, metavar="FILE", help="a file with nothing but the token")
+    group.add_argument(
+        "--tls",
+        action="store_true",
+        help="encrypt the connection; any of the following does too (default: QUICKCHANGE_TLS)",
+    )
+    group.add_argument(
+        "--tls-ca",
+        type=Path,
+        metavar="FILE",
+        help="PEM file of who signed the server's certificate (default: QUICKCHANGE_SERVER_CA, else "
+        "those that come with gRPC)",
+    )
+    group.add_argument(
+        "--tls-cert",
+        type=Path,
+        metavar="FILE",
+        help="PEM file with a certificate of this client's own (default: QUICKCHANGE_CLIENT_CERT)",
+    )
+    group.add_argument(
+        "--tls-key", type=Path, metavar="FILE", help="PEM file with its key (default: QUICKCHANGE_CLIENT_KEY)"
+    )
 
 
 def open_client(args: argparse.Namespace) -> Client:
-    return Client(args.server, timeout_s=args.timeout, retry_window_s=args.wait)
+    """
+    Raises:
+        CommandError: the file with the token is no good.
+        InvalidArgumentError: a file for TLS is no good.
+    """
+    return Client(
+        args.server,
+        token=_token_of(args),
+        credentials=_credentials_of(args),
+        timeout_s=args.timeout,
+        retry_window_s=args.wait,
+    )
+
+
+def _token_of(args: argparse.Namespace) -> str | None:
+    given: str | None = args.token
+    if args.token_file is None:
+        return given
+    try:
+        token: str = args.token_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"--token-file {args.token_file}: cannot be read: {error}", MISUSED) from None
+    if not token.isascii() or len(token.split()) != 1:
+        raise CommandError(f"--token-file {args.token_file}: must hold one token and nothing else", MISUSED)
+    return token
+
+
+def _credentials_of(args: argparse.Namespace) -> grpc.ChannelCredentials | None:
+    """What flags ask for, each that is missing taken from the environment; None leaves all to that."""
+    files = {
+        AUTHORITY_VARIABLE: args.tls_ca,
+        CERTIFICATE_VARIABLE: args.tls_cert,
+        KEY_VARIABLE: args.tls_key,
+    }
+    given = {variable: str(path) for variable, path in files.items() if path is not None}
+    if not given and not args.tls:
+        return None
+    return credentials_from({**os.environ, **given, USE_VARIABLE: "on"})
 
 
 def add_progress_option(parser: argparse.ArgumentParser) -> None:

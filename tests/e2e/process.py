@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from quickchange import Client
 
@@ -91,8 +91,8 @@ class ServerProcess:
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
-    def client(self) -> Client:
-        return Client(self.grpc, timeout_s=60)
+    def client(self, **options: Any) -> Client:
+        return Client(self.grpc, timeout_s=60, **options)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

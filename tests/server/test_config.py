@@ -56,6 +56,9 @@ def test_every_setting_can_come_from_every_source(tmp_path: Path) -> None:
     values |= {"adapter_eviction": "lru", "merged": "sql", "merged_into": "requantized"}
     values |= {"lora_info_gauge": "on"}
     values |= {"log_format": "json", "otlp_endpoint": "http://collector:4317"}
+    values |= {"cert": "/cert", "key": "/key", "client_ca": "/ca"}
+    pair = {"tls.cert": "/other", "tls.key": "/other"}
+    companions = {"tls.cert": pair, "tls.key": pair, "tls.client_ca": pair}  # no use without each other
     for setting in all_settings():
         section, name = setting.path.split(".")
         # Half the default stays within every range and every rule between fields.
@@ -66,6 +69,9 @@ def test_every_setting_can_come_from_every_source(tmp_path: Path) -> None:
         quoted = value if value.isdigit() else f'"{value}"'
         file.write_text(f"[{section}]\n{name} = {quoted}\n")
         base = {} if setting.path == "base.source" else {"base": "b"}
+        base |= {
+            path: value for path, value in companions.get(setting.path, {}).items() if path != setting.path
+        }
         variable = f"QUICKCHANGE_{section}_{name}".upper()
         by_flag = settings_from(base | {setting.path: value}, {})
         by_environment = settings_from(base, {variable: value})
@@ -74,6 +80,20 @@ def test_every_setting_can_come_from_every_source(tmp_path: Path) -> None:
         seen = getattr(getattr(by_flag, section), name)
         assert str(seen) in (value, f"{value}.0")
         assert seen != setting.default
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"tls_cert": "/c"}, "tls.key is not set: give the private key of /c"),
+        ({"tls_key": "/k"}, "tls.cert is not set: give the certificate that /k belongs to"),
+        ({"tls_client_ca": "/a"}, "tls.cert is not set: clients' certificates need the server to have one"),
+    ],
+)
+def test_a_certificate_and_its_key_are_given_together(given: dict[str, object], missing: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        settings_from({"base": "b"} | given, {})
+    assert missing in str(refused.value)
 
 
 def test_the_shared_cache_variable_is_heeded() -> None:
