@@ -2,7 +2,10 @@
 #
 #   docker build -t quickchange .                               # torch's wheel from the package index brings CUDA's libraries
 #   docker build -t quickchange:cpu --build-arg VARIANT=cpu .   # a fifth of the size
-#   docker run --gpus all --read-only --tmpfs /tmp --cap-drop ALL -p 50051:50051 -p 9464:9464 -v quickchange:/data quickchange
+#   docker run --gpus all --read-only --tmpfs /tmp --cap-drop ALL -p 127.0.0.1:50051:50051 -p 127.0.0.1:9464:9464 -v quickchange:/data quickchange
+#
+# Without arguments everybody who reaches the port may do everything, which is why it is published to this machine alone above.
+# Arguments of your own replace CMD, and then say who may: `--base smollm2 --tokens /data/tokens.json`.
 #
 # The image was not built: no Docker was there. Its steps are deploy/install.sh, which a test runs into an empty folder, and then
 # starts the server as a user without rights on a tree that cannot be written. Tags are pinned; digests could not be looked up.
@@ -47,4 +50,4 @@ EXPOSE 50051 9464
 HEALTHCHECK --interval=15s --timeout=10s --start-period=10m --retries=3 \
     CMD ["quickchange", "health", "--server", "127.0.0.1:50051", "--timeout", "5"]
 ENTRYPOINT ["quickchange", "serve", "--store", "/data/store", "--host", "0.0.0.0", "--metrics-host", "0.0.0.0"]
-CMD ["--base", "smollm2"]
+CMD ["--base", "smollm2", "--insecure-open", "on"]

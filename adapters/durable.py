@@ -26,10 +26,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a small file: afterwards it has the old text or the new one, whatever happens."""
+def replace_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Writes a small file: afterwards it has the old text or the new one, whatever happens.
+
+    Args:
+        private: nobody but this user may read it.
+    """
     draft = path.with_name(f".{path.name}")
     with draft.open("w", encoding="utf-8") as file:
+        if private:
+            os.fchmod(file.fileno(), 0o600)
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

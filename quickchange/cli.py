@@ -26,6 +26,7 @@ from quickchange.commands import (
     serve,
     store,
     study,
+    tokens,
     train,
 )
 from quickchange.commands.failure import FAILED, CommandError
@@ -41,6 +42,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "chat": chat,
     "adapters": adapters,
     "store": store,
+    "tokens": tokens,
     "info": info,
     "health": health,
     "doctor": doctor,

@@ -5,11 +5,9 @@ import gc
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Final
 
 import grpc
@@ -19,12 +17,9 @@ from grpc_reflection.v1alpha import reflection
 
 from adapters.base import Base
 from adapters.errors import AdapterError, BaseModelError
-from adapters.quota import StoreQuota
-from adapters.remote import RemotePlace
 from adapters.replica import ReplicaStore
 from adapters.retention import RetentionPolicy
 from adapters.store import AdapterStore
-from quickchange.certificates import CertificateError
 from quickchange.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -40,6 +35,17 @@ from server.logs import configure_logging
 from server.memory import OutOfMemoryAtStartError
 from server.merged import MergedAdapter
 from server.metrics import Metrics, MetricsEndpoint
+from server.opening import (
+    StartError,
+    address_of,
+    cannot_listen,
+    check_certificate,
+    check_exposure,
+    check_free,
+    check_tokens,
+    doors_of,
+    open_store,
+)
 from server.request import Failed, Request, SamplingParams
 from server.resident import load_bare, load_merged
 from server.services import convert
@@ -51,7 +57,7 @@ from server.services.health import HealthService
 from server.services.housekeeping import Housekeeper
 from server.services.inference import InferenceService
 from server.services.ingest import UploadDesk
-from server.services.interceptors import StatusInterceptor
+from server.services.interceptors import AccessInterceptor, StatusInterceptor
 from server.services.replica import Replica
 from server.services.server_info import ServerService
 from server.services.tls import ServerCertificates
@@ -79,10 +85,6 @@ _SERVICES: Final = (
 )
 
 
-class StartError(Exception):
-    """The server cannot start; the message is one line with the remedy."""
-
-
 def serve(settings: ServerSettings) -> int:
     """Runs the server until it is told to stop.
 
@@ -92,10 +94,12 @@ def serve(settings: ServerSettings) -> int:
     configure_logging(settings.telemetry.log_format)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
-        _check_free("--port", settings.grpc.host, settings.grpc.port)
-        _check_free("--metrics-port", settings.metrics.host, settings.metrics.port)
-        _check_certificate(settings)
-        with _open_store(settings) as store:
+        check_free("--port", settings.grpc.host, settings.grpc.port)
+        check_free("--metrics-port", settings.metrics.host, settings.metrics.port)
+        check_exposure(settings)
+        check_tokens(settings)
+        check_certificate(settings)
+        with open_store(settings) as store:
             base, merged = _load_base(settings, store)
             return asyncio.run(Server(settings, base, store, merged).run())
     except (StartError, BaseModelError, AdapterError, OutOfMemoryAtStartError, TracingError) as error:
@@ -139,6 +143,7 @@ class Server:
         )
         self._desk = UploadDesk(store, admission, settings, self._metrics, self._workers)
         self._health = HealthService(_SERVICES)
+        self._doors = doors_of(settings, self._metrics)
         self._told_to_stop = asyncio.Event()
         self._engine_died = False
 
@@ -156,8 +161,8 @@ class Server:
             self._housekeeper.start()
             await self._health.set_serving(not self._engine_died)
             print(
-                f"ready grpc={_address(self._settings.grpc.host, port)} "
-                f"metrics={_address(self._settings.metrics.host, endpoint.port)}",
+                f"ready grpc={address_of(self._settings.grpc.host, port)} "
+                f"metrics={address_of(self._settings.metrics.host, endpoint.port)}",
                 flush=True,
             )
             await self._told_to_stop.wait()
@@ -221,11 +226,14 @@ class Server:
         try:
             return MetricsEndpoint(self._metrics, settings.host, settings.port)
         except OSError as error:
-            raise _cannot_listen("--metrics-port", settings.host, settings.port, error) from None
+            raise cannot_listen("--metrics-port", settings.host, settings.port, error) from None
 
     async def _start_grpc(self) -> tuple[grpc.aio.Server, int]:
         settings = self._settings.grpc
-        rpc_server = grpc.aio.server(interceptors=[StatusInterceptor()], options=self._grpc_options())
+        rpc_server = grpc.aio.server(
+            interceptors=[AccessInterceptor(self._doors, self._metrics.count_denied), StatusInterceptor()],
+            options=self._grpc_options(),
+        )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceService(self._engine, self._catalogue, self._prompts, self._metrics, self._workers),
             rpc_server,
@@ -243,9 +251,9 @@ class Server:
         names = (*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, rpc_server)
         try:
-            port = self._listen(rpc_server, _address(settings.host, settings.port))
+            port = self._listen(rpc_server, address_of(settings.host, settings.port))
         except RuntimeError as error:
-            raise _cannot_listen("--port", settings.host, settings.port, error) from None
+            raise cannot_listen("--port", settings.host, settings.port, error) from None
         await rpc_server.start()
         return rpc_server, port
 
@@ -338,33 +346,6 @@ def _upload_limits(settings: ServerSettings) -> server_pb2.UploadLimits:
     return limits
 
 
-def _open_store(settings: ServerSettings) -> AdapterStore:
-    limits = settings.store
-    quota = StoreQuota(limits.max_bytes, limits.max_bytes_per_name, limits.max_versions_per_name)
-    try:
-        if isinstance(limits.root, str):
-            assert limits.cache is not None, "the settings checked it"
-            return _open_replica(limits.root, limits.cache, limits.reserve_bytes)
-        return AdapterStore(limits.root, quota)
-    except AdapterError as error:
-        raise StartError(f"--store {settings.store.root}: {error}") from None
-
-
-def _open_replica(url: str, cache: Path, reserve_bytes: int) -> ReplicaStore:
-    """As the store is now; or as it was, if there is a copy and the store does not answer."""
-    store = ReplicaStore(cache, RemotePlace(url), reserve_bytes=reserve_bytes)
-    try:
-        store.refresh()
-    except AdapterError as error:
-        if not store.generation:
-            store.close()
-            raise
-        log.warning("starting with snapshot %d of the store: %s", store.generation, error)
-    else:
-        log.info("store opened url=%s snapshot=%d", url, store.generation)
-    return store
-
-
 def _load_base(settings: ServerSettings, store: AdapterStore) -> tuple[Base, MergedAdapter | None]:
     if settings.base.merged is None:
         if settings.base.merged_into != "dequantized":
@@ -376,36 +357,3 @@ def _load_base(settings: ServerSettings, store: AdapterStore) -> tuple[Base, Mer
         return load_merged(settings, store)
     except (AdapterError, OutOfMemoryAtStartError) as error:
         raise StartError(f"--merged {settings.base.merged}: {error}") from None
-
-
-def _check_certificate(settings: ServerSettings) -> None:
-    """Finds a bad certificate before minutes go into loading the base."""
-    if settings.tls.cert is None:
-        return
-    try:
-        ServerCertificates(settings.tls, on_reload=lambda _: None)
-    except CertificateError as error:
-        raise StartError(f"--tls-cert, --tls-key or --tls-client-ca: {error}") from None
-
-
-def _check_free(flag: str, host: str, port: int) -> None:
-    """Finds a taken port before minutes go into loading the base."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen(1)
-    except OSError as error:
-        raise _cannot_listen(flag, host, port, error) from None
-
-
-def _cannot_listen(flag: str, host: str, port: int, error: Exception) -> StartError:
-    why = error.strerror if isinstance(error, OSError) else str(error)
-    return StartError(
-        f"cannot listen on {_address(host, port)}: {why}; give another {flag}, 0 picks a free one"
-    )
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -245,6 +245,19 @@ class TlsSettings(Section):
 
 
 @dataclass(frozen=True, slots=True)
+class AccessSettings(Section):
+    """Who may call what."""
+
+    tokens: Annotated[
+        Path | None, About("file of tokens, from `quickchange tokens`; unset: everybody may do everything")
+    ] = None
+    insecure_open: Annotated[
+        Literal["on", "off"],
+        About("listen on addresses that others reach with neither tokens nor clients' certificates"),
+    ] = "off"
+
+
+@dataclass(frozen=True, slots=True)
 class ServerSettings:
     """All settings of one server process."""
 
@@ -255,6 +268,7 @@ class ServerSettings:
     metrics: MetricsSettings = MetricsSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     tls: TlsSettings = TlsSettings()
+    access: AccessSettings = AccessSettings()
 
 
 SECTIONS: Mapping[str, type[Section]] = {
@@ -265,6 +279,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "metrics": MetricsSettings,
     "telemetry": TelemetrySettings,
     "tls": TlsSettings,
+    "access": AccessSettings,
 }
 
 # Flags with a name of their own; every other setting is --field where no other section has that field.

@@ -4,6 +4,9 @@ ServerError
 ├── InvalidRequestError    a field is out of its range
 ├── UnsupportedFeatureError  a field asks for what this server does not have yet
 ├── QueueFullError         try again after a while
+├── RateLimitError         the token's own limit is reached
+├── UnauthenticatedError   no token, or none that counts
+├── PermissionDeniedError  the token is not for this
 ├── DrainingError          this server is going away
 ├── EngineDownError        the engine died
 ├── AdapterLoadError       its adapter could not be brought to the device
@@ -50,6 +53,44 @@ class QueueFullError(ServerError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RateLimitError(ServerError):
+    """The caller's token has used up what it may use for now.
+
+    Args:
+        retry_after_s: when there is enough again; None if there never will be for this request.
+        reason: REQUESTS_PER_MINUTE or TOKENS_PER_MINUTE.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None, reason: str) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.reason = reason
+
+
+class UnauthenticatedError(ServerError):
+    """Nobody knows who calls.
+
+    Args:
+        reason: TOKEN_MISSING, TOKEN_INVALID or TOKEN_EXPIRED.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class PermissionDeniedError(ServerError):
+    """The caller is known, and may not do this.
+
+    Args:
+        reason: SCOPE_MISSING, TENANT_NOT_ALLOWED, or METHOD_NOT_ALLOWED, which nobody may call.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class DrainingError(ServerError):

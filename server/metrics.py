@@ -151,6 +151,10 @@ class Metrics:
         self._certificate_reloads = self._counter(
             "certificate_reloads", "Times that the certificate's files had changed, by result", ("result",)
         )
+        self._token_reloads = self._counter(
+            "token_reloads", "Times that the file of tokens had changed, by result", ("result",)
+        )
+        self._denied = self._counter("calls_denied", "Calls that were turned away, by reason", ("reason",))
 
     def _histogram(
         self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()
@@ -268,6 +272,14 @@ class Metrics:
     def count_certificate_reload(self, good: bool) -> None:
         """The certificate's files had changed, and were good or not."""
         self._certificate_reloads.labels("ok" if good else "error").inc()
+
+    def count_token_reload(self, good: bool) -> None:
+        """The file of tokens had changed, and was good or not."""
+        self._token_reloads.labels("ok" if good else "error").inc()
+
+    def count_denied(self, reason: str) -> None:
+        """A call was turned away before it began; reason is an error's UPPER_SNAKE code."""
+        self._denied.labels(reason).inc()
 
     def residents_from(self, source: Callable[[], Iterable[ResidentAdapter]]) -> None:
         """Asks `source` at every scrape which adapters are in memory."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from adapters.base import Base
-from quickchange import Client, QuickchangeError, ResourceExhaustedError, ServerInfo
+from quickchange import Client, PermissionDeniedError, QuickchangeError, ResourceExhaustedError, ServerInfo
 from training.errors import PublishError
 from training.recipe import Recipe
 from training.stopwatch import Stopwatch
@@ -75,8 +75,8 @@ def publish_adapter(directory: Path, target: str, name: str, since_step: Stopwat
 
 
 def _first_token(client: Client, reference: str) -> None:
-    """Asks for one; a server too busy to give it has the adapter all the same."""
-    with contextlib.suppress(ResourceExhaustedError):
+    """Asks for one; a server too busy to give it, or that does not let us ask, has the adapter all the same."""
+    with contextlib.suppress(ResourceExhaustedError, PermissionDeniedError):
         client.generate([0], adapter=reference, max_new_tokens=1)
 
 

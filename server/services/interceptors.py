@@ -1,10 +1,11 @@
-"""Turns every error that leaves a handler into its status, in one place. Knows nothing of the handlers."""
+"""What surrounds every handler: who may call it, and errors turned into statuses. Knows no handler."""
 
 import asyncio
 import functools
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from contextvars import ContextVar
+from typing import Any, NoReturn, Protocol
 
 import grpc
 import grpc.aio
@@ -12,14 +13,76 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from adapters.errors import AdapterError
-from server.errors import InvalidRequestError
+from server.access import Caller
+from server.errors import InvalidRequestError, ServerError
 from server.services.statuses import clipped, reason_of, status_of
 
 log = logging.getLogger(__name__)
 
 _OURS = "/quickchange."
+_METHOD_CHARACTERS = 128
+_CALLER: ContextVar[Caller] = ContextVar("caller")
 
 Behaviour = Callable[..., Awaitable[Any]]
+
+
+class Doors(Protocol):
+    """Who decides."""
+
+    def admit(self, authorization: list[str], method: str) -> Caller | None:
+        """The caller, None if it does not matter; or the error that turns the call away."""
+        ...
+
+
+def caller() -> Caller:
+    """Who made the call that this code runs for; LookupError outside of calls that were let in."""
+    return _CALLER.get()
+
+
+class AccessInterceptor(grpc.aio.ServerInterceptor):
+    """Turns calls away before a byte of their requests is read. The first of all interceptors.
+
+    Args:
+        on_denied: told the reason of each.
+    """
+
+    def __init__(self, doors: Doors, on_denied: Callable[[str], None]) -> None:
+        self._doors = doors
+        self._on_denied = on_denied
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        method = handler_call_details.method
+        given = [value for key, value in handler_call_details.invocation_metadata if key == "authorization"]
+        try:
+            admitted = self._doors.admit([_text(value) for value in given], method)
+        except ServerError as error:
+            return self._denial(error, method)
+        if admitted is not None:
+            _CALLER.set(admitted)  # each call is a task, and has a context of its own
+        return await continuation(handler_call_details)
+
+    def _denial(self, error: ServerError, method: str) -> Any:
+        self._on_denied(error.reason)
+
+        async def deny(_: Any, context: Any) -> None:
+            log.info(
+                "call denied method=%r peer=%s reason=%s",
+                method[:_METHOD_CHARACTERS],
+                context.peer(),
+                error.reason,
+            )
+            await abort(context, status_of(error))
+
+        # Whatever the method's kind: this one reads no request, and the wire is the same.
+        return grpc.stream_stream_rpc_method_handler(deny)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):

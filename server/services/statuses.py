@@ -3,6 +3,7 @@
 import logging
 import secrets
 from collections.abc import Mapping
+from math import ceil
 from typing import Final
 
 import grpc
@@ -27,6 +28,9 @@ TABLE: Final[Mapping[type[Exception], grpc.StatusCode]] = {
     server_errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     server_errors.UnsupportedFeatureError: grpc.StatusCode.UNIMPLEMENTED,
     server_errors.QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    server_errors.RateLimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    server_errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    server_errors.PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     server_errors.DrainingError: grpc.StatusCode.UNAVAILABLE,
     server_errors.EngineDownError: grpc.StatusCode.UNAVAILABLE,
     server_errors.AdapterLoadError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -100,6 +104,9 @@ def _details_of(error: Exception) -> list[Message]:
         case server_errors.QueueFullError():
             extra = [_retry_info(error.retry_after_s)]
             extra += [_quota_failure(error)] if error.is_quota else []
+        case server_errors.RateLimitError():
+            extra = [] if error.retry_after_s is None else [_retry_info(error.retry_after_s)]
+            extra.append(_quota_failure(error))
         case adapter_errors.CapacityError():
             extra = [_quota_failure(error)]
         case _:
@@ -111,7 +118,7 @@ def _details_of(error: Exception) -> list[Message]:
 
 def _retry_info(delay_s: float) -> error_details_pb2.RetryInfo:
     delay = Duration()
-    delay.FromMilliseconds(max(1, round(delay_s * 1000)))
+    delay.FromMilliseconds(max(1, ceil(delay_s * 1000)))  # never too early
     return error_details_pb2.RetryInfo(retry_delay=delay)
 
 

@@ -27,6 +27,9 @@ EXPECTED = {
     server_errors.QueueFullError: "RESOURCE_EXHAUSTED",
     TooManyUploadsError: "RESOURCE_EXHAUSTED",
     CanaryDelayedError: "RESOURCE_EXHAUSTED",
+    server_errors.RateLimitError: "RESOURCE_EXHAUSTED",
+    server_errors.UnauthenticatedError: "UNAUTHENTICATED",
+    server_errors.PermissionDeniedError: "PERMISSION_DENIED",
     server_errors.DrainingError: "UNAVAILABLE",
     server_errors.EngineDownError: "UNAVAILABLE",
     server_errors.AdapterLoadError: "FAILED_PRECONDITION",
@@ -66,6 +69,10 @@ def an(cls: type[Exception]) -> Any:
         return cls("sampling.top_p", "is 7, must be in (0, 1]")
     if issubclass(cls, server_errors.QueueFullError):
         return cls("256 requests are waiting", 2.5)
+    if issubclass(cls, server_errors.RateLimitError):
+        return cls("60 requests per minute", 2.5, "REQUESTS_PER_MINUTE")
+    if issubclass(cls, server_errors.UnauthenticatedError | server_errors.PermissionDeniedError):
+        return cls("not with this token; do this", "TOKEN_INVALID")
     if issubclass(cls, server_errors.UploadStateError | server_errors.UploadAbortedError):
         return cls("upload 7f is not right; do this", "UPLOAD_BUSY")
     if issubclass(cls, server_errors.AdapterLoadError):
