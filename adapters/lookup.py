@@ -21,15 +21,22 @@ from adapters.names import (
     VersionOf,
     check_name,
     check_version,
+    is_visible,
 )
 from adapters.rows import Rows
 
 
-def find(rows: Rows, reference: Reference) -> AdapterRecord:
-    """The version a reference names, whatever its state; AdapterNotFoundError says what there is instead."""
+def find(rows: Rows, reference: Reference, tenant: str | None = None) -> AdapterRecord:
+    """The version a reference names, whatever its state; AdapterNotFoundError says what there is instead.
+
+    Args:
+        tenant: for whom; what is another tenant's is not there. None sees everything.
+    """
+    if not isinstance(reference, ContentOf) and not is_visible(reference.name, tenant):
+        raise _not_found([], reference.name, "")
     match reference:
         case ContentOf(digest):
-            record = rows.with_digest(digest)
+            record = rows.with_digest(digest, tenant=tenant)
             if record is None:
                 raise no_such_content(digest)
             return record

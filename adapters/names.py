@@ -81,6 +81,17 @@ def check_name(name: str) -> str:
     return name
 
 
+def owner_of(name: str) -> str | None:
+    """The tenant whose a name is: what stands before its first dot; None, everybody's, without one."""
+    owner, dot, _ = name.partition(".")
+    return owner if dot else None
+
+
+def is_visible(name: str, tenant: str | None) -> bool:
+    """Whether there is an adapter of this name for a tenant; None sees all of them."""
+    return tenant is None or owner_of(name) in (None, tenant)
+
+
 def check_alias(alias: str) -> str:
     """The alias itself if a version may be called so; otherwise InvalidAdapterError, reason BAD_ALIAS."""
     if not _NAME.fullmatch(alias) or ".." in alias:

@@ -76,6 +76,10 @@ class Entry:
         return f"{self.name}@{self.version}"
 
 
+# As adapters.names.is_visible; the tenant comes first.
+_VISIBLE = "(?1 IS NULL OR instr(name, '.') = 0 OR substr(name, 1, instr(name, '.') - 1) = ?1)"
+
+
 class Rows:
     """Questions to the catalogue, all answered from one moment."""
 
@@ -130,11 +134,14 @@ class Rows:
             alias,
         )
 
-    def with_digest(self, digest: str, name: str | None = None) -> AdapterRecord | None:
-        """The newest version with this content, of one name or of the first that has it."""
+    def with_digest(
+        self, digest: str, name: str | None = None, tenant: str | None = None
+    ) -> AdapterRecord | None:
+        """The newest version with this content, of one name or of the first that the tenant sees."""
         return self._first(
-            "SELECT * FROM records WHERE digest = ?1 AND (?2 IS NULL OR name = ?2) "
+            f"SELECT * FROM records WHERE {_VISIBLE} AND digest = ?2 AND (?3 IS NULL OR name = ?3) "  # noqa: S608 - ours
             "ORDER BY name, version DESC LIMIT 1",
+            tenant,
             digest,
             name,
         )
@@ -224,19 +231,21 @@ class Rows:
         name: str | None,
         state: AdapterState | None,
         labels: Mapping[str, str],
+        tenant: str | None = None,
         limit: int,
     ) -> list[AdapterRecord]:
-        """Records after a (name, version), in that order; all of `labels` must be there."""
+        """Records after a (name, version), in that order, that the tenant sees; with all of `labels`."""
         rows = self._connection.execute(
-            """
+            f"""
             SELECT * FROM records
-            WHERE (name, version) > (?1, ?2) AND (?3 IS NULL OR name = ?3) AND (?4 IS NULL OR state = ?4)
+            WHERE {_VISIBLE}
+              AND (name, version) > (?2, ?3) AND (?4 IS NULL OR name = ?4) AND (?5 IS NULL OR state = ?5)
               AND NOT EXISTS (
-                SELECT 1 FROM json_each(?5) AS want WHERE NOT EXISTS (
+                SELECT 1 FROM json_each(?6) AS want WHERE NOT EXISTS (
                   SELECT 1 FROM json_each(labels) AS has WHERE has.key = want.key AND has.value = want.value))
-            ORDER BY name, version LIMIT ?6
-            """,
-            (*after, name, state, json.dumps(dict(labels)), limit),
+            ORDER BY name, version LIMIT ?7
+            """,  # noqa: S608 - ours
+            (tenant, *after, name, state, json.dumps(dict(labels)), limit),
         )
         return [_record(row) for row in rows]
 
@@ -260,6 +269,14 @@ class Rows:
         )
         versions, size_bytes = self._connection.execute(query, (name,)).fetchone()
         return versions, size_bytes
+
+    def bytes_of_tenant(self, tenant: str) -> int:
+        """Of all versions whose names are the tenant's; a content that two of them have counts twice."""
+        query = (
+            "SELECT coalesce(sum(c.size_bytes), 0) FROM versions v JOIN contents c ON c.digest = v.digest "
+            "WHERE substr(v.name, 1, length(?1) + 1) = ?1 || '.'"
+        )
+        return int(self._value(query, tenant))
 
     def digests_of(self, files: Sequence[StoredFile]) -> list[str]:
         """The contents that have exactly these files."""

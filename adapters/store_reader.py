@@ -9,12 +9,12 @@ from adapters.adoption import check_clashes
 from adapters.blobs import BlobFolder, disk_errors
 from adapters.catalogue import Catalogue
 from adapters.errors import AdapterCorruptError, InvalidAdapterError
-from adapters.facts import AdapterFacts, AdapterRecord, AdapterState
+from adapters.facts import AdapterFacts, AdapterRecord, AdapterState, StoredFile
 from adapters.files import BUNDLE_FILE
 from adapters.leases import Lease
 from adapters.lookup import find, no_such_content, read_token, token_after
 from adapters.manifest import ListedVersion
-from adapters.names import NewestOf, Reference, check_digest, parse_reference
+from adapters.names import NewestOf, Reference, check_digest, is_visible, parse_reference
 from adapters.quarantine import Quarantined, QuarantineFolder
 from adapters.rows import Content, Entry, Rows
 
@@ -35,8 +35,11 @@ class StoreReader:
     ) -> None:
         self.root, self._catalogue, self._blobs, self._quarantine = root, catalogue, blobs, quarantine
 
-    def resolve(self, reference: str) -> AdapterRecord:
+    def resolve(self, reference: str, tenant: str | None = None) -> AdapterRecord:
         """The version that a request for this reference gets now; "name" is the newest READY one.
+
+        Args:
+            tenant: for whom; what is another tenant's is not there. None sees everything.
 
         Raises:
             InvalidAdapterError: not a reference.
@@ -44,39 +47,39 @@ class StoreReader:
             AdapterCorruptError: it is there, but FAILED.
         """
         parsed = parse_reference(reference)
-        if isinstance(parsed, NewestOf):
+        if isinstance(parsed, NewestOf) and is_visible(parsed.name, tenant):
             with self._catalogue.reading() as rows:
                 ready = rows.newest(parsed.name, AdapterState.READY)
             if ready is not None:
                 return ready
-        record = self._found(parsed)
+        record = self._found(parsed, tenant)
         if record.state is not AdapterState.READY:
             raise AdapterCorruptError(
                 f"{record.reference} is {record.state}: {record.error}", reason="ADAPTER_FAILED"
             )
         return record
 
-    def hold(self, reference: str) -> tuple[AdapterRecord, Lease | None]:
+    def hold(self, reference: str, tenant: str | None = None) -> tuple[AdapterRecord, Lease | None]:
         """As `resolve`, and its files stay until the lease is released, whoever deletes the adapter.
 
         Returns:
             The lease is None if the files are not there; a load will say what is wrong with them.
         """
         for _ in range(_HOLD_ATTEMPTS):
-            record = self.resolve(reference)
+            record = self.resolve(reference, tenant)
             lease = self._blobs.hold(record.facts.digest)
             if lease is not None:
                 return record, lease
             # Removed since it was resolved, or replaced by a sound copy: the catalogue says which.
-        return self.resolve(reference), None
+        return self.resolve(reference, tenant), None
 
     def keep(self, digest: str) -> Lease | None:
         """One more lease on a content; touches no file while another one lasts."""
         return self._blobs.hold(digest)
 
-    def get(self, reference: str) -> AdapterRecord:
+    def get(self, reference: str, tenant: str | None = None) -> AdapterRecord:
         """The version a reference names, whatever its state; "name" is the newest. Errors as `resolve`."""
-        return self._found(parse_reference(reference))
+        return self._found(parse_reference(reference), tenant)
 
     def versions(self, name: str) -> Records:
         """Every version of a name, in order; none if there is no such name."""
@@ -99,6 +102,7 @@ class StoreReader:
         name: str | None = None,
         state: AdapterState | None = None,
         labels: Mapping[str, str] = NO_LABELS,
+        tenant: str | None = None,
         page_size: int = 100,
         page_token: str = "",
     ) -> Page:
@@ -106,6 +110,7 @@ class StoreReader:
 
         Args:
             labels: each must be there with this value.
+            tenant: for whom; None sees everything.
             page_size: at least 1; more than 1000 are never given.
         """
         if page_size < 1:
@@ -113,7 +118,12 @@ class StoreReader:
         limit = min(page_size, MAX_PAGE_SIZE)
         with self._catalogue.reading() as rows:
             found = rows.page(
-                after=read_token(page_token), name=name, state=state, labels=labels, limit=limit + 1
+                after=read_token(page_token),
+                name=name,
+                state=state,
+                labels=labels,
+                tenant=tenant,
+                limit=limit + 1,
             )
         if len(found) <= limit:
             return found, ""
@@ -165,6 +175,16 @@ class StoreReader:
         with self._catalogue.reading() as rows:
             return self._total_bytes(rows)
 
+    def bytes_of_tenant(self, tenant: str) -> int:
+        """Bytes of all versions whose names are the tenant's."""
+        with self._catalogue.reading() as rows:
+            return rows.bytes_of_tenant(tenant)
+
+    def has_version_of(self, name: str, files: Sequence[StoredFile]) -> bool:
+        """Whether a version of this name has exactly these files, so that publishing them makes none."""
+        with self._catalogue.reading() as rows:
+            return any(rows.with_digest(digest, name) for digest in rows.digests_of(files))
+
     def quarantined(self) -> Quarantine:
         """Damaged files that were moved out of the way, the oldest first."""
         with disk_errors():
@@ -185,6 +205,6 @@ class StoreReader:
             raise no_such_content(digest)
         return content
 
-    def _found(self, parsed: Reference) -> AdapterRecord:
+    def _found(self, parsed: Reference, tenant: str | None) -> AdapterRecord:
         with self._catalogue.reading() as rows:
-            return find(rows, parsed)
+            return find(rows, parsed, tenant)

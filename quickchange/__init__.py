@@ -25,7 +25,7 @@ from quickchange.errors import (
     UnimplementedError,
 )
 from quickchange.requests import GenerateOptions, Prompt
-from quickchange.tls import tls_credentials
+from quickchange.tls import PlainText, tls_credentials
 from quickchange.types import (
     Adapter,
     AdapterEvent,
@@ -99,6 +99,7 @@ __all__ = [
     "NotFoundError",
     "OutOfRangeError",
     "PermissionDeniedError",
+    "PlainText",
     "Prompt",
     "PullResult",
     "QuickchangeError",

@@ -5,7 +5,6 @@ from functools import cached_property
 from types import TracebackType
 from typing import Unpack
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quickchange import answers, requests
@@ -13,6 +12,7 @@ from quickchange.aio_adapters import AsyncAdapterClient
 from quickchange.aio_calls import AsyncCalls, AsyncResponseStream
 from quickchange.connection import Endpoint
 from quickchange.requests import GenerateOptions, Prompt
+from quickchange.tls import Credentials
 from quickchange.types import Completion, Delta, Model, ServerInfo, StreamEvent, Tokenization
 from quickchange.v1 import inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
 
@@ -25,7 +25,7 @@ class AsyncClient:
         token: bearer token; without it $QUICKCHANGE_TOKEN.
         credentials: for TLS, from `quickchange.tls_credentials`; without it what $QUICKCHANGE_TLS,
             $QUICKCHANGE_SERVER_CA, $QUICKCHANGE_CLIENT_CERT and $QUICKCHANGE_CLIENT_KEY ask for, else
-            plain text.
+            plain text; `quickchange.PlainText()` is plain text whatever these say.
         timeout_s: of each call, its retries included; None waits for ever.
         retry_window_s: how long calls that are safe to repeat are repeated while nobody answers.
 
@@ -38,7 +38,7 @@ class AsyncClient:
         target: str | None = None,
         *,
         token: str | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
+        credentials: Credentials = None,
         timeout_s: float | None = 600.0,
         retry_window_s: float = 5.0,
     ) -> None:

@@ -22,7 +22,7 @@ from quickchange.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from quickchange.tls import credentials_from
+from quickchange.tls import Credentials, resolved
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Endpoint:
         cls,
         target: str | None,
         token: str | None,
-        credentials: grpc.ChannelCredentials | None,
+        credentials: Credentials,
         timeout_s: float | None,
         retry_window_s: float,
         environ: Mapping[str, str] = os.environ,
@@ -91,7 +91,7 @@ class Endpoint:
         endpoint = cls(
             target=target or environ.get("QUICKCHANGE_SERVER") or DEFAULT_TARGET,
             token=token or environ.get("QUICKCHANGE_TOKEN") or None,
-            credentials=credentials or credentials_from(environ),
+            credentials=resolved(credentials, environ),
             timeout_s=timeout_s,
             retry_window_s=retry_window_s,
         )

@@ -1,13 +1,14 @@
 """This project's server as a process of its own, on free ports, as anyone starts it. Knows no requests."""
 
 import contextlib
+import os
 import re
 import selectors
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Final, Self
@@ -15,6 +16,7 @@ from typing import IO, Final, Self
 _READY: Final = re.compile(r"ready grpc=(\S+) metrics=(\S+)")
 _START_LIMIT_S: Final = 180.0
 _STOP_LIMIT_S: Final = 40.0
+_FOR_OTHERS: Final = ("QUICKCHANGE_TLS_", "QUICKCHANGE_ACCESS_", "QUICKCHANGE_GRPC_HOST")
 
 
 class LocalServerError(Exception):
@@ -47,7 +49,12 @@ class LocalServer:
         with log.open("w") as file:
             # In a session of its own: Ctrl-C is for whoever started it, who then stops the server.
             self._process = subprocess.Popen(
-                self.command, stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True
+                self.command,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                start_new_session=True,
+                env=_open_here(os.environ),
             )
         try:
             self.grpc, self.metrics = self._wait_ready()
@@ -90,6 +97,11 @@ class LocalServer:
     def _last_words(self) -> str:
         lines = self._log.read_text().splitlines()
         return lines[-1] if lines else f"no line within {_START_LIMIT_S:.0f} s"
+
+
+def _open_here(environ: Mapping[str, str]) -> dict[str, str]:
+    """Without what a server for others was told: this one is for whoever started it, on this machine."""
+    return {name: value for name, value in environ.items() if not name.startswith(_FOR_OTHERS)}
 
 
 def _first_line(pipe: IO[str], limit_s: float) -> str:

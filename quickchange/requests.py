@@ -36,7 +36,7 @@ class GenerateOptions(TypedDict, total=False):
     echo: returns the prompt's text before the answer.
     adapter_scale: multiplies the adapter's update; 1 is the default, 0 answers as the base does.
     priority: -10 to 10, larger goes first; 0 is the default.
-    cache_salt: separates tenants in caches of prompts.
+    cache_salt: separates users in caches of prompts; tenants are separate without it.
     request_id: comes back in the answer and stands in the server's log.
     """
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, final
 
 import grpc
 
@@ -15,6 +15,15 @@ CERTIFICATE_VARIABLE: Final = "QUICKCHANGE_CLIENT_CERT"
 KEY_VARIABLE: Final = "QUICKCHANGE_CLIENT_KEY"
 _YES: Final = ("1", "on", "true", "yes")
 _NO: Final = ("", "0", "off", "false", "no")
+
+
+@final
+class PlainText:
+    """Given as credentials: no TLS, whatever the environment asks for."""
+
+
+Credentials = grpc.ChannelCredentials | PlainText | None
+"""What clients take; None leaves it to the environment."""
 
 
 def tls_credentials(
@@ -41,6 +50,13 @@ def tls_credentials(
     except CertificateError as error:
         raise InvalidArgumentError(f"TLS: {error}") from None
     return grpc.ssl_channel_credentials(roots, private, chain)
+
+
+def resolved(credentials: Credentials, environ: Mapping[str, str]) -> grpc.ChannelCredentials | None:
+    """What was given, else what the environment asks for; None is plain text. Errors as that."""
+    if isinstance(credentials, PlainText):
+        return None
+    return credentials or credentials_from(environ)
 
 
 def credentials_from(environ: Mapping[str, str]) -> grpc.ChannelCredentials | None:

@@ -6,6 +6,7 @@ Whatever the table does not name is denied, to everybody.
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -74,6 +75,7 @@ class Caller:
         name: of the token; None for whoever is let in without one.
         tenant: whose adapters there are for this caller; None for all.
         rates: what is left of the token's limits.
+        check_standing: raises UnauthenticatedError once the token is revoked or expired; for calls that last.
     """
 
     name: str | None
@@ -81,6 +83,7 @@ class Caller:
     scopes: frozenset[Scope]
     rates: Rates
     adapter_bytes: int | None = None
+    check_standing: Callable[[], None] = lambda: None
 
     def require(self, scope: Scope, what: str) -> None:
         """
@@ -171,14 +174,16 @@ class Doorkeeper:
         token, caller = self._callers.get(id_, (self._nobody, None))
         # An unknown id is hashed like a known one, so that the time does not tell which ids there are.
         if not token.is_secret(secret) or caller is None:
-            raise UnauthenticatedError(
-                "the token is not one of this server's, or was revoked", "TOKEN_INVALID"
-            )
-        if token.is_expired():
-            raise UnauthenticatedError(
-                f"the token {token.name!r} has expired; get a new one", "TOKEN_EXPIRED"
-            )
+            raise _not_ours()
+        _check_current(token)
         return caller
+
+    def _check_standing(self, id_: str) -> None:
+        self._reread()
+        if id_ not in self._callers:
+            raise _not_ours()
+        token, _ = self._callers[id_]
+        _check_current(token)
 
     def _reread(self) -> None:
         mark = mark_of(self._path)
@@ -205,5 +210,15 @@ class Doorkeeper:
                 rates = old_caller.rates
             else:
                 rates = Rates(limits.requests_per_minute, limits.tokens_per_minute)
-            caller = Caller(token.name, token.tenant, token.scopes, rates, limits.adapter_bytes)
+            standing = partial(self._check_standing, token.id)
+            caller = Caller(token.name, token.tenant, token.scopes, rates, limits.adapter_bytes, standing)
             self._callers[token.id] = (token, caller)
+
+
+def _check_current(token: Token) -> None:
+    if token.is_expired():
+        raise UnauthenticatedError(f"the token {token.name!r} has expired; get a new one", "TOKEN_EXPIRED")
+
+
+def _not_ours() -> UnauthenticatedError:
+    return UnauthenticatedError("the token is not one of this server's, or was revoked", "TOKEN_INVALID")

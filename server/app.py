@@ -44,6 +44,7 @@ from server.opening import (
     check_free,
     check_tokens,
     doors_of,
+    open_audit_log,
     open_store,
 )
 from server.request import Failed, Request, SamplingParams
@@ -97,6 +98,7 @@ def serve(settings: ServerSettings) -> int:
         check_free("--port", settings.grpc.host, settings.grpc.port)
         check_free("--metrics-port", settings.metrics.host, settings.metrics.port)
         check_exposure(settings)
+        open_audit_log(settings)
         check_tokens(settings)
         check_certificate(settings)
         with open_store(settings) as store:

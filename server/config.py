@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+from server.access_settings import AccessSettings, TlsSettings
 from server.sections import About, RangeError, Section, fields_of
 from server.setting_values import converted
 
@@ -223,41 +224,6 @@ class TelemetrySettings(Section):
 
 
 @dataclass(frozen=True, slots=True)
-class TlsSettings(Section):
-    """Encryption of the gRPC face; without a certificate it is plain text."""
-
-    cert: Annotated[
-        Path | None, About("PEM file: the server's certificate, and those between it and a root")
-    ] = None
-    key: Annotated[Path | None, About("PEM file: its private key, not encrypted")] = None
-    client_ca: Annotated[
-        Path | None, About("PEM file: who signs clients' certificates, which are then demanded")
-    ] = None
-
-    def __post_init__(self) -> None:
-        Section.__post_init__(self)
-        if self.cert is not None and self.key is None:
-            raise RangeError("key", f"is not set: give the private key of {self.cert}")
-        if self.cert is None and self.key is not None:
-            raise RangeError("cert", f"is not set: give the certificate that {self.key} belongs to")
-        if self.cert is None and self.client_ca is not None:
-            raise RangeError("cert", "is not set: clients' certificates need the server to have one")
-
-
-@dataclass(frozen=True, slots=True)
-class AccessSettings(Section):
-    """Who may call what."""
-
-    tokens: Annotated[
-        Path | None, About("file of tokens, from `quickchange tokens`; unset: everybody may do everything")
-    ] = None
-    insecure_open: Annotated[
-        Literal["on", "off"],
-        About("listen on addresses that others reach with neither tokens nor clients' certificates"),
-    ] = "off"
-
-
-@dataclass(frozen=True, slots=True)
 class ServerSettings:
     """All settings of one server process."""
 
@@ -267,8 +233,8 @@ class ServerSettings:
     grpc: GrpcSettings = GrpcSettings()
     metrics: MetricsSettings = MetricsSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
-    tls: TlsSettings = TlsSettings()
-    access: AccessSettings = AccessSettings()
+    tls: TlsSettings = TlsSettings()  # noqa: RUF009 - frozen
+    access: AccessSettings = AccessSettings()  # noqa: RUF009 - frozen
 
 
 SECTIONS: Mapping[str, type[Section]] = {

@@ -17,6 +17,7 @@ from quickchange.certificates import CertificateError
 from server.access import Doorkeeper, OpenDoor
 from server.config import ServerSettings
 from server.metrics import Metrics
+from server.services.audit import write_audit_to
 from server.services.tls import ServerCertificates
 from server.token_file import TokenFileError
 
@@ -66,6 +67,17 @@ def doors_of(settings: ServerSettings, metrics: Metrics) -> Doorkeeper | OpenDoo
         return Doorkeeper(settings.access.tokens, metrics.count_token_reload)
     except TokenFileError as error:
         raise StartError(f"--tokens: {error}") from None
+
+
+def open_audit_log(settings: ServerSettings) -> None:
+    """From here on changes of adapters are told where the settings say; StartError if that cannot be."""
+    path = settings.access.audit_log
+    if path is None:
+        return
+    try:
+        write_audit_to(path)
+    except OSError as error:
+        raise StartError(f"--audit-log {path}: cannot be written: {error.strerror}") from None
 
 
 def check_tokens(settings: ServerSettings) -> None:

@@ -1,7 +1,8 @@
 """Keys of cache blocks: equal keys mean equal keys and values. Knows no pool and no tensors.
 
-What a block holds depends on every token up to its end, on the adapter and its scale. The salt is no part of
-that: it keeps tenants from finding out, by how fast an answer begins, what others have asked.
+What a block holds depends on every token up to its end, on the adapter and its scale. Salt and tenant
+are no part of that: they keep others from finding out, by how fast an answer begins, what somebody has asked.
+The server knows the tenant; the salt is the client's word, and separates within a tenant only.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ class BlockKey(NamedTuple):
 
     Attributes:
         adapter: content digest; empty for the base.
-        content: SHA-256 over adapter, scale, salt and all tokens up to the block's end.
+        content: SHA-256 over adapter, scale, salt, tenant and all tokens up to the block's end.
     """
 
     adapter: str
@@ -27,12 +28,12 @@ class BlockKey(NamedTuple):
 class PrefixChain:
     """The keys of one sequence's full blocks, computed as they are asked for; its tokens only grow."""
 
-    def __init__(self, adapter: str, scale: float, salt: str, block_tokens: int) -> None:
+    def __init__(self, adapter: str, scale: float, salt: str, block_tokens: int, tenant: str = "") -> None:
         self._adapter = adapter
         self._block_tokens = block_tokens
         self._keys: list[BlockKey] = []
-        # Lengths first: no choice of salt can look like another adapter.
-        fields = [_DOMAIN, adapter.encode(), scale.hex().encode(), salt.encode()]
+        # Lengths first: no choice of salt can look like another adapter, or like another tenant.
+        fields = [_DOMAIN, adapter.encode(), scale.hex().encode(), salt.encode(), tenant.encode()]
         framed = b"".join(len(field).to_bytes(4, "big") + field for field in fields)
         self._tip = hashlib.sha256(framed).digest()
 

@@ -1,7 +1,8 @@
 """Requests and tokens per minute: buckets that fill steadily. Knows neither calls nor who they belong to."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from server.errors import RateLimitError
@@ -60,8 +61,8 @@ class Rates:
         """
         _take(self._requests, 1, "requests", "REQUESTS_PER_MINUTE")
 
-    def reserve_tokens(self, prompt: int, answer: int) -> None:
-        """Takes what a request may come to; `release_tokens` gives back what it did not.
+    def reserve_tokens(self, prompt: int, answer: int) -> "Allowance":
+        """Takes what a request may come to; closing the allowance gives back what it did not.
 
         Args:
             answer: the most that all its answers may have.
@@ -70,10 +71,34 @@ class Rates:
             RateLimitError: so much is not left, or never will be; nothing was taken.
         """
         _take(self._tokens, prompt + answer, "tokens", "TOKENS_PER_MINUTE")
+        return Allowance(self._tokens, prompt + answer)
 
-    def release_tokens(self, unused: int) -> None:
-        if self._tokens is not None:
-            self._tokens.take(-unused)
+
+class Allowance:
+    """Tokens that one request may use."""
+
+    def __init__(self, bucket: Bucket | None, tokens: int) -> None:
+        self._bucket = bucket
+        self._left = tokens
+
+    def use(self, tokens: int) -> None:
+        """Records that the request has used some."""
+        self._left -= tokens
+
+    @contextmanager
+    def kept_if_all_is_well(self) -> Iterator[None]:
+        """Closes it if the block fails."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Gives back what was not used; harmless to repeat."""
+        if self._bucket is not None:
+            self._bucket.take(-self._left)
+        self._left = 0
 
 
 def _take(bucket: Bucket | None, amount: int, what: str, reason: str) -> None:

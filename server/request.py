@@ -118,7 +118,8 @@ class Request:
         adapter_scale: multiplies the adapter's update.
         n: answers wanted, each with random numbers of its own.
         priority: larger goes first.
-        cache_salt: keys and values are shared only with requests of the same salt.
+        cache_salt: keys and values are shared only with requests of the same salt, and of the same tenant.
+        tenant: whose request it is; empty if it is no tenant's.
         deadline_s: absolute time on time.monotonic(), None for none.
         traceparent: the caller's span, as W3C writes it; empty for none.
 
@@ -135,6 +136,7 @@ class Request:
     n: int = 1
     priority: int = 0
     cache_salt: str = ""
+    tenant: str = ""
     deadline_s: float | None = None
     traceparent: str = ""
 

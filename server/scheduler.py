@@ -97,7 +97,11 @@ class Scheduler:
         if self._prefix_cache:
             request = sequence.request
             sequence.chain = PrefixChain(
-                sequence.client, request.adapter_scale, request.cache_salt, self.blocks.block_tokens
+                sequence.client,
+                request.adapter_scale,
+                request.cache_salt,
+                self.blocks.block_tokens,
+                request.tenant,
             )
         self._shares.join(sequence.client)
         sequence.phase = Phase.WAITING

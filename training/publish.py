@@ -75,7 +75,7 @@ def publish_adapter(directory: Path, target: str, name: str, since_step: Stopwat
 
 
 def _first_token(client: Client, reference: str) -> None:
-    """Asks for one; a server too busy to give it, or that does not let us ask, has the adapter all the same."""
+    """Asks for one; a server too busy to give it, or that lets nobody ask, has the adapter all the same."""
     with contextlib.suppress(ResourceExhaustedError, PermissionDeniedError):
         client.generate([0], adapter=reference, max_new_tokens=1)
 

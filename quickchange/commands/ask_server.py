@@ -13,6 +13,7 @@ from quickchange.commands.asked import BASE, Asked, loss_on
 from quickchange.commands.failure import CommandError
 from quickchange.commands.options import progress_of
 from quickchange.local_server import LocalServer
+from quickchange.tls import PlainText
 
 if TYPE_CHECKING:
     from training.cases import Case
@@ -76,7 +77,7 @@ def _contest(args: argparse.Namespace, scratch: Path) -> Iterator[_Contest]:
     flags = ("--quantization", args.quantization)
     with (
         LocalServer(args.base, scratch / "store", scratch / "server.log", flags) as server,
-        Client(server.grpc) as client,
+        Client(server.grpc, credentials=PlainText()) as client,
     ):
         ours = _pushed(client, args.adapter, _CANDIDATE)
         theirs = None if args.against is None else _pushed(client, args.against, _RIVAL)

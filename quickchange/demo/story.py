@@ -11,7 +11,7 @@ from adapters.cache import default_cache_dir
 from adapters.fingerprint import fingerprint_of
 from adapters.quantize import Scheme
 from adapters.sources import resolve_source
-from quickchange import Client
+from quickchange import Client, PlainText
 from quickchange.demo.asking import BASE, Ask, Together, ask_together, everyone, held_out, marks
 from quickchange.demo.lessons import Curriculum, Trained, curriculum, trained
 from quickchange.demo.merged import answers_of, merged_model
@@ -53,7 +53,7 @@ def tell(root: Path, *, keep: bool, fast: bool) -> None:
     adapters, successor = _train(screen, workspace, fast=fast)
     server = _serve(screen, workspace)
     try:
-        with Client(server.grpc) as client:
+        with Client(server.grpc, credentials=PlainText()) as client:
             _upload(screen, client, adapters)
             tasks = [adapter.lesson.task for adapter in adapters]
             _ask(screen, client, tasks)

@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from quickchange import Client, QuickchangeError
+from quickchange import Client, PlainText, QuickchangeError
 from quickchange.demo.errors import DemoError
 
 
@@ -72,7 +72,7 @@ class Workspace:
             return
         kept = json.loads(self._server_file.read_text())
         try:
-            with Client(kept["grpc"], timeout_s=2.0, retry_window_s=0.1) as client:
+            with Client(kept["grpc"], credentials=PlainText(), timeout_s=2.0, retry_window_s=0.1) as client:
                 client.server_info()
         except QuickchangeError:
             self.forget_server()

@@ -11,17 +11,21 @@ import grpc.aio
 from adapters.errors import InvalidAdapterError
 from adapters.facts import AdapterRecord, AdapterState
 from adapters.files import open_regular
+from adapters.names import is_visible
 from adapters.retention import RetentionPolicy
 from adapters.tier import Whereabouts
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
 from server.engine import Engine
 from server.errors import InvalidRequestError
 from server.services import convert, reports
-from server.services.catalogue import Catalogue, Changes
+from server.services.audit import Subject, audited, subjects_of, who_calls
+from server.services.catalogue import Catalogue, Changes, check_own
 from server.services.changes import ChangeFeed
 from server.services.housekeeping import Housekeeper
-from server.services.ingest import UploadDesk
+from server.services.ingest import Sender, UploadDesk
+from server.services.interceptors import caller
 from server.services.workers import Workers
+from server.tokens import Scope
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +58,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def UploadAdapter(
         self, request_iterator: Any, context: Context
     ) -> adapters_pb2.UploadAdapterResponse:
-        ingested = await self._desk.take(request_iterator)
+        known = caller()
+        sender = Sender(who_calls(context), known.tenant, known.adapter_bytes)
+        ingested = await self._desk.take(request_iterator, sender)
         if ingested.record is None:
             plan = ingested.plan
             adapter = convert.validated(plan.name, plan.labels, plan.description, ingested.facts)
@@ -67,19 +73,19 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def QueryUpload(
         self, request: adapters_pb2.QueryUploadRequest, context: Context
     ) -> adapters_pb2.QueryUploadResponse:
-        offsets = await self._desk.committed(request.upload_id)
+        offsets = await self._desk.committed(request.upload_id, caller().tenant)
         return adapters_pb2.QueryUploadResponse(committed_offsets=offsets)
 
     async def CancelUpload(
         self, request: adapters_pb2.CancelUploadRequest, context: Context
     ) -> adapters_pb2.CancelUploadResponse:
-        await self._desk.cancel(request.upload_id)
+        await self._desk.cancel(request.upload_id, caller().tenant)
         return adapters_pb2.CancelUploadResponse()
 
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: Context
     ) -> adapters_pb2.GetAdapterResponse:
-        record = await self._catalogue.get(request.adapter)
+        record = await self._catalogue.get(request.adapter, tenant=caller().tenant)
         return adapters_pb2.GetAdapterResponse(adapter=self._message(record))
 
     async def ListAdapters(
@@ -92,6 +98,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             name=request.name if request.HasField("name") else None,
             state=_state_of(request),
             labels=dict(request.labels),
+            tenant=caller().tenant,
             page_size=request.page_size or DEFAULT_PAGE_SIZE,
             page_token=request.page_token,
         )
@@ -104,7 +111,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def UpdateAdapter(
         self, request: adapters_pb2.UpdateAdapterRequest, context: Context
     ) -> adapters_pb2.UpdateAdapterResponse:
-        record = await self._catalogue.update(request.adapter, _changes_of(request))
+        changes, known = _changes_of(request), caller()
+        with audited("update", who_calls(context), request.adapter) as change:
+            if changes.pinned is not None:
+                known.require(Scope.ADMIN, "pinning")
+            record = await self._catalogue.update(request.adapter, changes, tenant=known.tenant)
+            change.subjects = [_subject_of(record)]
         log.info("adapter updated adapter=%s digest=%s", record.reference, record.facts.digest)
         return adapters_pb2.UpdateAdapterResponse(adapter=self._message(record))
 
@@ -112,46 +124,62 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.DeleteAdapterRequest, context: Context
     ) -> adapters_pb2.DeleteAdapterResponse:
         etag = request.etag if request.HasField("etag") else None
-        count = await self._catalogue.delete(request.adapter, all_versions=request.all_versions, etag=etag)
-        log.info("adapter deleted adapter=%r versions=%d", request.adapter, count)
-        return adapters_pb2.DeleteAdapterResponse(deleted_versions=count)
+        with audited("delete", who_calls(context), request.adapter) as change:
+            deleted = await self._catalogue.delete(
+                request.adapter, all_versions=request.all_versions, etag=etag, tenant=caller().tenant
+            )
+            change.subjects = [_subject_of(record) for record in deleted]
+        log.info("adapter deleted adapter=%r versions=%d", request.adapter, len(deleted))
+        return adapters_pb2.DeleteAdapterResponse(deleted_versions=len(deleted))
 
     async def LoadAdapter(
         self, request: adapters_pb2.LoadAdapterRequest, context: Context
     ) -> adapters_pb2.LoadAdapterResponse:
         wanted = convert.tier_to_load(request.tier)
-        async with self._catalogue.preparing(request.adapter) as record:
-            named = _named(record)
-            digest = named.facts.digest
-            tier = "device" if self._catalogue.is_merged(digest) else await self._engine.load(digest, wanted)
+        tenant = caller().tenant
+        with audited("load", who_calls(context), request.adapter) as change:
+            async with self._catalogue.preparing(request.adapter, tenant=tenant) as record:
+                named = _named(record)
+                check_own(named.name, tenant)
+                change.subjects = [_subject_of(named)]
+                digest = named.facts.digest
+                is_merged = self._catalogue.is_merged(digest)
+                tier = "device" if is_merged else await self._engine.load(digest, wanted)
         return adapters_pb2.LoadAdapterResponse(adapter=convert.adapter(named, tier))
 
     async def UnloadAdapter(
         self, request: adapters_pb2.UnloadAdapterRequest, context: Context
     ) -> adapters_pb2.UnloadAdapterResponse:
         keep_on_host = convert.is_kept_on_host(request.tier)
-        record = await self._catalogue.get(request.adapter)
-        digest = record.facts.digest
-        if self._catalogue.is_merged(digest):
-            tier: Whereabouts = "device"
-        else:
-            tier = await self._engine.unload(digest, keep_on_host=keep_on_host)
+        tenant = caller().tenant
+        with audited("unload", who_calls(context), request.adapter) as change:
+            record = await self._catalogue.get(request.adapter, tenant=tenant)
+            check_own(record.name, tenant)
+            change.subjects = [_subject_of(record)]
+            digest = record.facts.digest
+            if self._catalogue.is_merged(digest):
+                tier: Whereabouts = "device"
+            else:
+                tier = await self._engine.unload(digest, keep_on_host=keep_on_host)
         return adapters_pb2.UnloadAdapterResponse(adapter=convert.adapter(record, tier))
 
     async def WatchAdapters(  # type: ignore[override]  # writes to the context, see StatusInterceptor
         self, request: adapters_pb2.WatchAdaptersRequest, context: Context
     ) -> None:
+        known = caller()
         since = await self._feed.now()
         await context.send_initial_metadata(())  # says that no change is missed from here on
         async with aclosing(self._feed.events(since, send_initial=request.send_initial)) as events:
             async for event in events:
-                await context.write(convert.adapter_event(event))
+                known.check_standing()
+                if is_visible(event.name, known.tenant):
+                    await context.write(convert.adapter_event(event))
 
     async def DownloadAdapter(  # type: ignore[override]  # writes to the context, see StatusInterceptor
         self, request: adapters_pb2.DownloadAdapterRequest, context: Context
     ) -> None:
         with ExitStack() as open_files:
-            async with self._catalogue.preparing(request.adapter) as record:
+            async with self._catalogue.preparing(request.adapter, tenant=caller().tenant) as record:
                 named = _named(record)
                 offsets = _offsets_of(request, named)
                 files = await self._workers.run(self._open, named, open_files)
@@ -166,7 +194,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.CollectGarbageRequest, context: Context
     ) -> adapters_pb2.CollectGarbageResponse:
         policy = _policy_of(request, self._housekeeper.policy)
-        collection = await self._catalogue.collect(policy, dry_run=request.dry_run)
+        with audited("collect", who_calls(context)) as change:
+            collection = await self._catalogue.collect(policy, dry_run=request.dry_run)
+            change.is_none = request.dry_run
+            change.subjects = subjects_of(collection)
         log.info(
             "collected versions=%d freed_bytes=%d dry_run=%s",
             len(collection.versions),
@@ -189,6 +220,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
     def _message(self, record: AdapterRecord) -> adapters_pb2.Adapter:
         return convert.adapter(record, self._catalogue.tier_of(record.facts.digest))
+
+
+def _subject_of(record: AdapterRecord) -> Subject:
+    return Subject(record.reference, record.facts.digest)
 
 
 def _named(record: AdapterRecord | None) -> AdapterRecord:

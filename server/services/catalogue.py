@@ -13,11 +13,13 @@ from adapters.bundle import Bundle, read_bundle
 from adapters.errors import AdapterError
 from adapters.facts import AdapterRecord, AdapterState
 from adapters.leases import Lease
+from adapters.names import is_visible, owner_of
 from adapters.retention import Collection, RetentionPolicy
 from adapters.rows import Change, Entry
 from adapters.store import AdapterStore
 from adapters.tier import TierName, Whereabouts
 from server.engine import Engine
+from server.errors import PermissionDeniedError
 from server.lora_info import LoraInfo
 from server.merged import MergedAdapter
 from server.metrics import OTHER_LABEL, ResidentAdapter
@@ -29,6 +31,18 @@ log = logging.getLogger(__name__)
 
 _REMOVAL_RETRY_S = 1.0
 _FETCH_ATTEMPTS = 3
+
+
+def check_own(name: str, tenant: str | None) -> None:
+    """
+    Raises:
+        PermissionDeniedError: the name is not the tenant's, to be changed; None may change all.
+    """
+    if tenant is not None and owner_of(name) != tenant:
+        raise PermissionDeniedError(
+            f"a token of tenant {tenant!r} changes only adapters named '{tenant}.…', and not {name!r}",
+            "TENANT_NOT_ALLOWED",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +89,23 @@ class Catalogue:
         if merged is not None:
             self._resolutions.remember(merged.label, merged.identity.digest)
 
-    async def get(self, reference: str) -> AdapterRecord:
-        """The version that a reference names, in any state."""
-        return await self._workers.run(self.store.get, reference)
+    async def get(self, reference: str, *, tenant: str | None) -> AdapterRecord:
+        """The version that a reference names for a tenant, in any state; None is no tenant, and sees all."""
+        return await self._workers.run(self.store.get, reference, tenant)
 
     async def chat_template_of(self, record: AdapterRecord) -> str | None:
         """The template that the adapter brought; None if it brought none."""
         bundle = await self._workers.run(self._bundle_of, record.facts.digest)
         return bundle.chat_template if bundle else None
 
-    async def ready(self) -> list[Entry]:
-        """Every version that requests may name."""
-        return await self._workers.run(lambda: list(self.store.ready()))
+    async def ready(self, *, tenant: str | None) -> list[Entry]:
+        """Every version that requests of a tenant may name."""
+        return await self._workers.run(
+            lambda: [entry for entry in self.store.ready() if is_visible(entry.name, tenant)]
+        )
 
     @asynccontextmanager
-    async def preparing(self, reference: str) -> AsyncIterator[AdapterRecord | None]:
+    async def preparing(self, reference: str, *, tenant: str | None) -> AsyncIterator[AdapterRecord | None]:
         """The adapter of a request that is not submitted yet; None for an empty reference, which is the base.
 
         While the block runs, no deletion in this or another server takes away what was resolved, and its
@@ -101,7 +117,7 @@ class Catalogue:
         try:
             record = None
             if reference:
-                record = await self._held(reference, leases)
+                record = await self._held(reference, tenant, leases)
                 self._names[record.facts.digest] = record.name
                 self._resolutions.remember(reference, record.facts.digest)
             yield record
@@ -112,10 +128,11 @@ class Catalogue:
             over.set_result(None)
 
     @asynccontextmanager
-    async def answering(self, reference: str) -> AsyncIterator[AdapterRecord | None]:
+    async def answering(self, reference: str, *, tenant: str | None) -> AsyncIterator[AdapterRecord | None]:
         """As `preparing`, and what is merged into the base may be named by digest, in the store or not: it is
         the base."""
-        async with self.preparing("" if self.is_merged(reference) else reference) as record:
+        wanted = "" if self.is_merged(reference) else reference
+        async with self.preparing(wanted, tenant=tenant) as record:
             yield record
 
     def is_merged(self, digest: str) -> bool:
@@ -131,33 +148,35 @@ class Catalogue:
         """Where the content is now."""
         return "device" if self.is_merged(digest) else self._engine.residency_of(digest)
 
-    async def _held(self, reference: str, leases: list[Lease]) -> AdapterRecord:
+    async def _held(self, reference: str, tenant: str | None, leases: list[Lease]) -> AdapterRecord:
         for _ in range(_FETCH_ATTEMPTS):
-            record = await self._workers.run(self._hold, reference, leases)
+            record = await self._workers.run(self._hold, reference, tenant, leases)
             if leases or self._replica is None:
                 return record
             await self._replica.fetch(record.facts.digest)  # meanwhile the reference may get another meaning
-        return await self._workers.run(self._hold, reference, leases)
+        return await self._workers.run(self._hold, reference, tenant, leases)
 
     def keep(self, record: AdapterRecord) -> Lease | None:
         """Makes the files outlast `preparing`, inside which this is called; None if they are not there."""
         return self.store.keep(record.facts.digest)
 
-    async def update(self, reference: str, changes: Changes) -> AdapterRecord:
+    async def update(self, reference: str, changes: Changes, *, tenant: str | None) -> AdapterRecord:
         """The version after the changes, which come all or none."""
-        record = await self._workers.run(self._update, reference, changes)
+        record = await self._workers.run(self._update, reference, changes, tenant)
         if changes.pinned is not None:
             await self._sync_pin(record.facts.digest)
         return record
 
-    async def delete(self, reference: str, *, all_versions: bool, etag: str | None) -> int:
-        """Takes versions away from new requests, and their bytes away once no request uses them; how many."""
-        doomed, orphans = await self._workers.run(self._delete, reference, all_versions, etag)
+    async def delete(
+        self, reference: str, *, all_versions: bool, etag: str | None, tenant: str | None
+    ) -> list[AdapterRecord]:
+        """Takes versions away from new requests, and their bytes away once no request uses them; which."""
+        doomed, orphans = await self._workers.run(self._delete, reference, all_versions, etag, tenant)
         for digest in {record.facts.digest for record in doomed if record.pinned}:
             await self._sync_pin(digest)
         for digest in orphans:
             self._begin_removal(digest)
-        return len(doomed)
+        return doomed
 
     async def collect(self, policy: RetentionPolicy, *, dry_run: bool) -> Collection:
         """Deletes what the policy lets go and removes what is left over; or only tells what that would be."""
@@ -282,9 +301,9 @@ class Catalogue:
 
     # In a worker
 
-    def _hold(self, reference: str, leases: list[Lease]) -> AdapterRecord:
+    def _hold(self, reference: str, tenant: str | None, leases: list[Lease]) -> AdapterRecord:
         """Puts the lease into the caller's list, where it finds it even if it was cancelled meanwhile."""
-        record, lease = self.store.hold(reference)
+        record, lease = self.store.hold(reference, tenant)
         if lease is not None:
             leases.append(lease)
         return record
@@ -292,8 +311,9 @@ class Catalogue:
     def _bundle_of(self, digest: str) -> Bundle | None:
         return read_bundle(self.store.path_of(digest))
 
-    def _update(self, reference: str, changes: Changes) -> AdapterRecord:
-        record = self.store.get(reference)
+    def _update(self, reference: str, changes: Changes, tenant: str | None) -> AdapterRecord:
+        record = self.store.get(reference, tenant)
+        check_own(record.name, tenant)
         return self.store.update(
             record.name,
             record.version,
@@ -306,7 +326,9 @@ class Catalogue:
         )
 
     def _delete(
-        self, reference: str, all_versions: bool, etag: str | None
+        self, reference: str, all_versions: bool, etag: str | None, tenant: str | None
     ) -> tuple[list[AdapterRecord], list[str]]:
+        if tenant is not None:
+            check_own(self.store.get(reference, tenant).name, tenant)
         doomed = self.store.versions(reference) if all_versions else [self.store.get(reference)]
         return doomed, self.store.delete(reference, all_versions, etag)

@@ -35,6 +35,10 @@ class Present:
     record: AdapterRecord
     residency: Whereabouts
 
+    @property
+    def name(self) -> str:
+        return self.record.name
+
 
 @dataclass(frozen=True, slots=True)
 class Deleted:

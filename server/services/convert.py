@@ -61,12 +61,14 @@ def request_of(
     *,
     room_tokens: int,
     deadline_s: float | None,
+    tenant: str | None,
     traceparent: str = "",
 ) -> Request:
     """What the caller wants of the engine.
 
     Args:
         room_tokens: what the context leaves for the answer; bounds the default, not the caller's own number.
+        tenant: the caller's; None if it is no tenant's.
 
     Raises:
         InvalidRequestError: a value is out of its range.
@@ -81,6 +83,7 @@ def request_of(
         n=message.sampling.n if message.sampling.HasField("n") else 1,
         priority=message.priority,
         cache_salt=message.cache_salt,
+        tenant=tenant or "",
         deadline_s=deadline_s,
         traceparent=traceparent,
     )

@@ -4,6 +4,7 @@ import asyncio
 import logging
 
 from adapters.retention import RetentionPolicy
+from server.services.audit import SERVER, audited, subjects_of
 from server.services.catalogue import Catalogue
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,9 @@ class Housekeeper:
         while True:
             await asyncio.sleep(interval_s)
             try:
-                collection = await self._catalogue.collect(self.policy, dry_run=False)
+                with audited("collect", SERVER) as change:
+                    collection = await self._catalogue.collect(self.policy, dry_run=False)
+                    change.subjects = subjects_of(collection)
             except Exception:  # the next round may succeed
                 log.exception("old versions could not be collected")
             else:

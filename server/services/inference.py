@@ -17,16 +17,19 @@ from server.engine import Engine
 from server.errors import InvalidRequestError, RequestFailedError
 from server.merged import Answerer, answerer_of
 from server.metrics import Metrics
+from server.rates import Allowance
 from server.request import (
     AdapterIdentity,
     Delta,
     Failed,
     Finished,
+    Request,
     Started,
     TokenEvent,
 )
 from server.services import convert
 from server.services.catalogue import Catalogue
+from server.services.interceptors import caller
 from server.services.statuses import reason_of
 from server.services.workers import Workers
 from server.stream import RequestStream
@@ -48,10 +51,20 @@ class _Call:
     stream: RequestStream
     lease: Lease | None
     """On the adapter's files; None for the base."""
+    allowance: Allowance
+
+    def count(self, event: TokenEvent) -> None:
+        """Counts against the caller's tokens what an event tells."""
+        match event:
+            case Started():
+                self.allowance.use(event.prompt_tokens)
+            case Delta():
+                self.allowance.use(len(event.token_ids))
 
     def close(self) -> None:
-        """Ends it if it still runs, and lets go of the adapter."""
+        """Ends it if it still runs, and lets go of the adapter and of the tokens that it did not use."""
         self.stream.cancel()
+        self.allowance.close()
         if self.lease is not None:
             self.lease.release()
 
@@ -83,6 +96,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         call = await self._submit(request.request, context)
         try:
             async for event in call.stream:
+                call.count(event)
                 for message in _messages_of(event, call):
                     await context.write(message)
         finally:
@@ -91,7 +105,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
-        async with self._catalogue.answering(request.adapter) as record:
+        async with self._catalogue.answering(request.adapter, tenant=caller().tenant) as record:
             prompt = await self._encode(request, self._answerer(record), record, with_text=True)
         return inference_pb2.TokenizeResponse(token_ids=prompt.token_ids, text=prompt.text)
 
@@ -103,30 +117,34 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         if merged is not None:
             base.adapter.CopyFrom(convert.resolved(merged.identity))
         models = [base]
-        models += [_model_of(entry) for entry in await self._catalogue.ready()]
+        models += [_model_of(entry) for entry in await self._catalogue.ready(tenant=caller().tenant)]
         return inference_pb2.ListModelsResponse(models=models)
 
     async def _submit(self, request: inference_pb2.GenerateRequest, context: Context) -> _Call:
         """The request, once the engine has it: nothing to release before that, no wait after it."""
+        known = caller()
         try:
             self._engine.check_open()
             request_id = convert.request_id_of(request)
-            async with self._catalogue.answering(request.adapter) as record:
+            async with self._catalogue.answering(request.adapter, tenant=known.tenant) as record:
                 answerer = self._answerer(record)
                 answerer.check_scale(request.adapter_scale if request.HasField("adapter_scale") else 1.0)
                 prompt = await self._encode(request, answerer, record, with_text=request.output.echo)
                 identity = answerer.identity
-                stream = self._engine.submit(
-                    convert.request_of(
-                        request,
-                        request_id,
-                        prompt.token_ids,
-                        answerer,
-                        room_tokens=self._engine.max_context_tokens - len(prompt.token_ids),
-                        deadline_s=_deadline_of(context),
-                        traceparent=_traceparent_of(context),
-                    )
+                room_tokens = self._engine.max_context_tokens - len(prompt.token_ids)
+                wanted = convert.request_of(
+                    request,
+                    request_id,
+                    prompt.token_ids,
+                    answerer,
+                    room_tokens=room_tokens,
+                    deadline_s=_deadline_of(context),
+                    traceparent=_traceparent_of(context),
+                    tenant=known.tenant,
                 )
+                allowance = known.rates.reserve_tokens(len(prompt.token_ids), _longest(wanted, room_tokens))
+                with allowance.kept_if_all_is_well():
+                    stream = self._engine.submit(wanted)
                 lease = self._catalogue.keep(record) if record else None
         except Exception as error:
             self._metrics.count_rejected(reason_of(error))
@@ -139,7 +157,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         )
         answers = request.sampling.n if request.sampling.HasField("n") else 1
         echo = prompt.text if request.output.echo else ""
-        return _Call(request_id, identity, echo, answers, stream, lease)
+        return _Call(request_id, identity, echo, answers, stream, lease, allowance)
 
     def _answerer(self, record: AdapterRecord | None) -> Answerer:
         return answerer_of(convert.identity_of(record), self._catalogue.merged)
@@ -163,6 +181,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 raise InvalidRequestError("prompt", "is missing; send text, token_ids or chat")
 
 
+def _longest(request: Request, room_tokens: int) -> int:
+    """The most tokens that all answers can have: each ends where the context does."""
+    return request.n * max(0, min(request.sampling.max_new_tokens, room_tokens))
+
+
 def _deadline_of(context: Context) -> float | None:
     remaining_s: float | None = context.time_remaining()
     return None if remaining_s is None else time.monotonic() + remaining_s
@@ -183,6 +206,7 @@ async def _collect(call: _Call) -> inference_pb2.GenerateResponse:
     )
     ends: list[Finished] = []
     async for event in call.stream:
+        call.count(event)
         match event:
             case Delta():
                 texts[event.index].append(event.text)

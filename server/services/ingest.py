@@ -5,7 +5,7 @@ import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 from adapters.errors import (
     AdapterError,
@@ -30,6 +30,8 @@ from server.errors import (
 )
 from server.metrics import Metrics
 from server.services.admission import Admission
+from server.services.audit import Change, Subject, Who, audited
+from server.services.catalogue import check_own
 from server.services.drafts import Draft, Ingested, Parked, ResumableDraft, outcome_of
 from server.services.inbox import Inbox, Messages, UploadStalledError
 from server.services.places import Places
@@ -62,8 +64,21 @@ _CUT: Final = (
 """What breaks an upload on its way, or keeps this server from deciding on it at its end. The bytes are sound,
 and a resumable one keeps them: none is sent twice because a server was busy or restarted."""
 
-_EVERYBODY: Final = ""  # owner of every upload, as long as callers have no names
+_OPERATOR: Final = ""  # owner of the uploads that are no tenant's
 _LONGEST_SWEEP_S: Final = 60.0
+
+
+class Sender(NamedTuple):
+    """Whose upload it is.
+
+    Attributes:
+        tenant: whose adapters these may be; None for any.
+        adapter_bytes: what the tenant may have in all; None is no limit.
+    """
+
+    who: Who
+    tenant: str | None
+    adapter_bytes: int | None
 
 
 class UploadDesk:
@@ -109,7 +124,7 @@ class UploadDesk:
                     log.info("uploads given up count=%d", count)
             await asyncio.sleep(min(max(settings.upload_resume_ttl_s / 4, 0.1), _LONGEST_SWEEP_S))
 
-    async def take(self, messages: Messages) -> Ingested:
+    async def take(self, messages: Messages, sender: Sender) -> Ingested:
         """Receives one upload and publishes it.
 
         Raises:
@@ -118,7 +133,10 @@ class UploadDesk:
         """
         received = _Received()
         try:
-            ingested = await self._receive(messages, received)
+            with audited("upload", sender.who) as change:
+                ingested = await self._receive(messages, received, sender, change)
+                change.is_none = ingested.record is None  # it was only to be validated
+                change.outcome = received.result or _result_of(ingested)
         except Exception as error:
             self._metrics.count_upload(reason_of(error), received.size_bytes)
             if isinstance(error, _REFUSED_BY_A_CHECK):
@@ -130,15 +148,15 @@ class UploadDesk:
         self._metrics.count_upload(received.result or _result_of(ingested), received.size_bytes)
         return ingested
 
-    async def committed(self, upload_id: str) -> tuple[int, ...]:
+    async def committed(self, upload_id: str, tenant: str | None) -> tuple[int, ...]:
         """Durable bytes of each file of an upload, in the order of its header.
 
         Raises:
             InvalidRequestError, UploadNotFoundError
         """
-        return await self._workers.run(self._committed, self._key_of(upload_id), upload_id)
+        return await self._workers.run(self._committed, self._key_of(upload_id, tenant), upload_id)
 
-    async def cancel(self, upload_id: str) -> None:
+    async def cancel(self, upload_id: str, tenant: str | None) -> None:
         """Ends an upload and removes its bytes.
 
         Raises:
@@ -146,7 +164,7 @@ class UploadDesk:
             UploadStateError: it is published already.
             UploadAbortedError: another process is receiving it.
         """
-        key = self._key_of(upload_id)
+        key = self._key_of(upload_id, tenant)
         self._places.stop(key, UploadAbortedError(f"upload {upload_id} was cancelled", "UPLOAD_CANCELLED"))
         async with self._places.turn(key):
             self._parked.pop(key, None)
@@ -158,8 +176,8 @@ class UploadDesk:
             raise _not_found(upload_id)
         return shelved.offsets
 
-    def _key_of(self, upload_id: str) -> str:
-        return shelf_key(check_upload_id(upload_id, "upload_id"), _EVERYBODY)
+    def _key_of(self, upload_id: str, tenant: str | None) -> str:
+        return shelf_key(check_upload_id(upload_id, "upload_id"), tenant or _OPERATOR)
 
     def _remove(self, key: str, upload_id: str) -> None:
         place = self._store.uploads.take(key)
@@ -178,23 +196,31 @@ class UploadDesk:
         finally:
             place.release()
 
-    async def _receive(self, messages: Messages, received: "_Received") -> Ingested:
+    async def _receive(
+        self, messages: Messages, received: "_Received", sender: Sender, change: Change
+    ) -> Ingested:
         self._places.check_open()
         settings = self._settings
         inbox = Inbox(messages, settings.upload_idle_timeout_s, settings.upload_min_bytes_per_s)
         plan = await self._plan_from(inbox)
+        change.subjects = [Subject(plan.name if plan.version is None else f"{plan.name}@{plan.version}")]
+        check_own(plan.name, sender.tenant)
         if not plan.validate_only:
             self._store.check_changeable()
         is_resumable = plan.upload_id and settings.upload_resume_ttl_s
-        key = shelf_key(plan.upload_id, _EVERYBODY) if is_resumable else None
+        key = shelf_key(plan.upload_id, sender.tenant or _OPERATOR) if is_resumable else None
         async with self._places.taken(key, inbox):
             if key is None:
-                return await self._fill(Draft(self._store, plan), inbox, received)
-            draft = ResumableDraft(self._store, plan, key, self._parked.pop(key, None))
-            try:
-                return await self._fill(draft, inbox, received)
-            finally:
-                self._park(key, draft)
+                ingested = await self._fill(Draft(self._store, plan), inbox, received, sender)
+            else:
+                draft = ResumableDraft(self._store, plan, key, self._parked.pop(key, None))
+                try:
+                    ingested = await self._fill(draft, inbox, received, sender)
+                finally:
+                    self._park(key, draft)
+        if ingested.record is not None:
+            change.subjects = [Subject(ingested.record.reference, ingested.facts.digest)]
+        return ingested
 
     async def _plan_from(self, inbox: Inbox) -> UploadPlan:
         first = await inbox.next()
@@ -202,7 +228,7 @@ class UploadDesk:
             raise InvalidRequestError("header", "is missing; it must be the first message")
         return plan_of(first.header, self._settings.max_upload_bytes)
 
-    async def _fill(self, draft: Draft, inbox: Inbox, received: "_Received") -> Ingested:
+    async def _fill(self, draft: Draft, inbox: Inbox, received: "_Received", sender: Sender) -> Ingested:
         run = self._workers.run
         with self._room.counting(draft):
             try:
@@ -210,7 +236,7 @@ class UploadDesk:
                 if earlier is not None:
                     received.result = "repeated"
                     return earlier
-                await run(self._room.admit, draft)
+                await run(self._room.admit, draft, sender.adapter_bytes)
                 await self._write(draft, inbox, received)
                 return await self._admission.admit(draft.folder, partial(self._publish, draft))
             except _CUT:

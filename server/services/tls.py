@@ -14,7 +14,7 @@ from quickchange.certificates import (
     complaint_about,
     read_pem,
 )
-from server.config import TlsSettings
+from server.access_settings import TlsSettings
 from server.file_marks import Mark, mark_of
 
 log = logging.getLogger(__name__)

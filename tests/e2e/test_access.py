@@ -1,7 +1,5 @@
 """Tokens before a real server: every method it has, found by reflection, called raw without and with them."""
 
-import contextlib
-import io
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -22,6 +20,7 @@ from server.tokens import Scope
 from tests.e2e.conftest import SMALL
 from tests.e2e.process import ServerProcess, eventually, running
 from tests.e2e.reflecting import methods_of
+from tests.e2e.tokens import create
 
 HEALTH = "/grpc.health.v1.Health/"
 KINDS: Mapping[str, tuple[str, ...]] = {
@@ -32,12 +31,6 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "all": ("--scope", "infer", "--scope", "upload", "--scope", "admin"),
 }
 UNKNOWN = "qc_0123456789ab_" + "A" * 43
-
-
-def create(file: Path, name: str, *flags: str) -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
-        assert main(["tokens", "create", "--file", str(file), "--name", name, *flags]) == 0
-    return out.getvalue().strip()
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +208,20 @@ def test_a_revoked_token_is_refused_at_once_and_a_new_one_let_in(server: ServerP
         assert main(["tokens", "revoke", "--file", str(file), "brief"]) == 0
         with pytest.raises(UnauthenticatedError, match="was revoked"):
             client.server_info()
+
+
+def test_a_watch_ends_with_its_token(
+    server: ServerProcess, file: Path, tokens: Mapping[str, str], adapters: Mapping[str, Path]
+) -> None:
+    secret = create(file, "watcher", "--scope", "infer")
+    with server.client(token=secret) as watcher, server.client(token=tokens["all"]) as client:
+        client.adapters.push(adapters["a"], "watched")
+        with watcher.adapters.watch(send_initial=True) as events:
+            assert next(events).adapter.name == "watched"
+            assert main(["tokens", "revoke", "--file", str(file), "watcher"]) == 0
+            client.adapters.alias("watched", "prod", 1)
+            with pytest.raises(UnauthenticatedError, match="was revoked"):
+                list(events)
 
 
 def test_an_expired_token_is_refused_as_such(server: ServerProcess, file: Path) -> None:

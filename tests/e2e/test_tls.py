@@ -9,13 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 import quickchange
-from quickchange import AsyncClient, Client, InvalidArgumentError, UnavailableError, tls_credentials
+from quickchange import (
+    AsyncClient,
+    Client,
+    InvalidArgumentError,
+    PlainText,
+    UnavailableError,
+    tls_credentials,
+)
 from quickchange.certificates import CertificateError
+from quickchange.connection import Endpoint
+from quickchange.local_server import LocalServer
+from server.access_settings import TlsSettings
 from server.app import serve
-from server.config import TlsSettings, settings_from
+from server.config import settings_from
 from server.services.tls import ServerCertificates
 from tests.e2e.certificates import Authority, Pair
 from tests.e2e.conftest import SMALL
@@ -293,3 +304,51 @@ def test_a_clients_bad_files_are_named(wrong: str, tmp_path: Path, ours: Authori
     files, message = given[wrong]
     with pytest.raises(InvalidArgumentError, match=message):
         tls_credentials(**files)
+
+
+def test_a_server_of_ones_own_is_open_and_plain_whatever_the_environment_asks_for(
+    base: Path, tmp_path: Path, ours: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is for whoever started it; `evaluate` and `demo` start such ones."""
+    monkeypatch.setenv("QUICKCHANGE_SERVER_CA", str(ours.file))
+    monkeypatch.setenv("QUICKCHANGE_TLS_CERT", str(tmp_path / "nothing"))
+    monkeypatch.setenv("QUICKCHANGE_ACCESS_TOKENS", str(tmp_path / "nothing"))
+    monkeypatch.setenv("QUICKCHANGE_GRPC_HOST", "0.0.0.0")
+    flags = ("--quantization", "none", "--dtype", "float32", "--device", "cpu")
+    with LocalServer(str(base), tmp_path / "store", tmp_path / "log", flags) as server:
+        assert server.grpc.startswith("127.0.0.1:")
+        with Client(server.grpc, credentials=PlainText()) as client:
+            assert client.server_info()
+
+
+@pytest.mark.parametrize(
+    ("target", "local"),
+    [
+        ("127.0.0.1:50051", True),
+        ("127.8.9.1:1", True),
+        ("localhost:50051", True),
+        ("[::1]:50051", True),
+        ("dns:///localhost:50051", True),
+        ("ipv4:127.0.0.1:50051", True),
+        ("ipv6:[::1]:50051", True),
+        ("unix:/run/quickchange.sock", True),
+        ("10.0.0.5:50051", False),
+        ("[fe80::1]:50051", False),
+        ("models.example:50051", False),
+        ("dns://8.8.8.8/models.example:50051", False),
+        ("localhost.example:50051", False),
+        ("0.0.0.0:50051", False),
+    ],
+)
+def test_a_token_in_plain_text_to_another_machine_is_a_warning(
+    target: str, local: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    for credentials in (PlainText(), grpc.ssl_channel_credentials()):
+        caplog.clear()
+        Endpoint.resolve(target, "secret", credentials, timeout_s=1, retry_window_s=1, environ={})
+        warned = "in plain text, where others can read it; use TLS" in caplog.text
+        assert warned == (not local and isinstance(credentials, PlainText))
+        assert "secret" not in caplog.text
+    caplog.clear()
+    Endpoint.resolve(target, None, None, timeout_s=1, retry_window_s=1, environ={})
+    assert not caplog.text

@@ -56,7 +56,7 @@ def test_every_setting_can_come_from_every_source(tmp_path: Path) -> None:
     values |= {"adapter_eviction": "lru", "merged": "sql", "merged_into": "requantized"}
     values |= {"lora_info_gauge": "on"}
     values |= {"log_format": "json", "otlp_endpoint": "http://collector:4317"}
-    values |= {"tokens": "/tokens", "insecure_open": "on"}
+    values |= {"tokens": "/tokens", "insecure_open": "on", "audit_log": "/audit"}
     values |= {"cert": "/cert", "key": "/key", "client_ca": "/ca"}
     pair = {"tls.cert": "/other", "tls.key": "/other"}
     companions = {"tls.cert": pair, "tls.key": pair, "tls.client_ca": pair}  # no use without each other

@@ -1,4 +1,4 @@
-"""Keys of cache blocks: equal exactly when adapter, scale, salt and every token so far are."""
+"""Keys of cache blocks: equal exactly when adapter, scale, salt, tenant and every token so far are."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,15 +7,18 @@ from server.prefix import PrefixChain
 
 TOKENS = st.lists(st.integers(0, 3), min_size=8, max_size=8)
 NAMES = st.sampled_from(["", "a", "b", "ab"])
-WHO = st.tuples(NAMES, st.sampled_from([1.0, 0.5, -1.0]), NAMES)
+WHO = st.tuples(NAMES, st.sampled_from([1.0, 0.5, -1.0]), NAMES, NAMES)
 
 
 @given(WHO, WHO, TOKENS, TOKENS)
 def test_keys_are_equal_exactly_when_all_that_matters_is(
-    mine: tuple[str, float, str], other: tuple[str, float, str], tokens: list[int], others: list[int]
+    mine: tuple[str, float, str, str],
+    other: tuple[str, float, str, str],
+    tokens: list[int],
+    others: list[int],
 ) -> None:
-    first = PrefixChain(*mine, block_tokens=4).keys(tokens, 2)
-    second = PrefixChain(*other, block_tokens=4).keys(others, 2)
+    first = PrefixChain(*mine[:3], block_tokens=4, tenant=mine[3]).keys(tokens, 2)
+    second = PrefixChain(*other[:3], block_tokens=4, tenant=other[3]).keys(others, 2)
     for count in (1, 2):
         same = mine == other and tokens[: 4 * count] == others[: 4 * count]
         assert (first[count - 1] == second[count - 1]) == same

@@ -22,7 +22,7 @@ async def test_a_call_that_is_cancelled_while_it_resolves_keeps_nothing(tmp_path
         catalogue = Catalogue(store, NO_ENGINE, workers)
 
         async def call() -> None:
-            async with catalogue.preparing("sql"):
+            async with catalogue.preparing("sql", tenant=None):
                 raise AssertionError("it was cancelled before")
 
         occupied = asyncio.create_task(workers.run(busy.wait))
@@ -44,7 +44,7 @@ async def test_what_is_kept_outlasts_the_preparation(tmp_path: Path) -> None:
     with AdapterStore(tmp_path / "store") as store:
         publish(store, "sql", "a")
         catalogue = Catalogue(store, NO_ENGINE, workers)
-        async with catalogue.preparing("sql") as record:
+        async with catalogue.preparing("sql", tenant=None) as record:
             assert record is not None
             lease = catalogue.keep(record)
         (digest,) = store.delete("sql")

@@ -83,7 +83,9 @@ def test_an_explicit_zero_is_a_value() -> None:
 
 
 def request_of(message: inference_pb2.GenerateRequest) -> Request:
-    return convert.request_of(message, "r", (1, 2), Answerer(None), room_tokens=100, deadline_s=None)
+    return convert.request_of(
+        message, "r", (1, 2), Answerer(None), room_tokens=100, deadline_s=None, tenant="acme"
+    )
 
 
 def test_what_goes_beside_sampling_arrives() -> None:
@@ -91,6 +93,7 @@ def test_what_goes_beside_sampling_arrives() -> None:
     message.priority, message.cache_salt, message.adapter_scale = -2, "tenant", 0.0
     made = request_of(message)
     assert (made.n, made.priority, made.cache_salt, made.adapter_scale) == (3, -2, "tenant", 0.0)
+    assert made.tenant == "acme"
     made = request_of(request())
     assert (made.n, made.priority, made.cache_salt, made.adapter_scale) == (1, 0, "", 1.0)
 

@@ -198,13 +198,16 @@ def test_requests_run_out_and_come_back_when_it_says() -> None:
 
 def test_tokens_that_were_not_used_come_back() -> None:
     rates = Rates(None, 100, Clock())
-    rates.reserve_tokens(10, 60)
+    first = rates.reserve_tokens(10, 60)
+    first.use(10)
     with pytest.raises(RateLimitError) as refused:
         rates.reserve_tokens(10, 60)
     assert (refused.value.reason, refused.value.retry_after_s) == ("TOKENS_PER_MINUTE", 24)
-    rates.release_tokens(60)
-    rates.reserve_tokens(10, 60)
-    rates.release_tokens(10_000)  # never more than it holds
+    first.close()
+    first.close()
+    with pytest.raises(RateLimitError):
+        rates.reserve_tokens(10, 81)
+    rates.reserve_tokens(10, 80)
     with pytest.raises(RateLimitError) as never:
         rates.reserve_tokens(1, 100)
     assert never.value.retry_after_s is None  # waiting would not help
