@@ -154,7 +154,12 @@ class Metrics:
         self._token_reloads = self._counter(
             "token_reloads", "Times that the file of tokens had changed, by result", ("result",)
         )
+        for result in ("ok", "error"):  # there from the start, so that the first error is seen as a change
+            self._certificate_reloads.labels(result)
+            self._token_reloads.labels(result)
         self._denied = self._counter("calls_denied", "Calls that were turned away, by reason", ("reason",))
+        for reason in ("TOKEN_MISSING", "TOKEN_INVALID", "TOKEN_EXPIRED", "SCOPE_MISSING"):
+            self._denied.labels(reason)
 
     def _histogram(
         self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()

@@ -48,6 +48,9 @@ PROMISED: Mapping[str, Promise] = {
             "adapter_uploads_total": ("result",),
             "adapter_upload_bytes_total": (),
             "adapter_validation_failures_total": ("reason",),
+            "certificate_reloads_total": ("result",),
+            "token_reloads_total": ("result",),
+            "calls_denied_total": ("reason",),
         },
     ),
     **_all(
