@@ -6,21 +6,47 @@ R rank, D in-features, O out-features.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters.base import Base
+from adapters.base import Base, dequantized_base
 from adapters.bundle import Bundle, read_bundle
 from adapters.errors import WrongBaseError
 from adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_bounded
 from adapters.measures import in_digest_order, measure
 from adapters.model_folder import untie
+from adapters.quantize import Scheme
 from adapters.spec import MAX_CONFIG_BYTES, parse_spec
 from adapters.unserved import Folded, fold_unserved
 from adapters.weights import LoraPair, load_pairs
+
+
+def base_to_fold_into(
+    source: str, scheme: Scheme, *, as_source: bool, cache_dir: Path | None = None, progress: bool = True
+) -> Base:
+    """A base in float32, in transformers' own layers; fingerprint and scheme are of the one trained on.
+
+    Args:
+        as_source: whether its weights are the source's own, and not what their quantisation left of them.
+
+    Raises:
+        BaseModelError: it cannot be read.
+    """
+    base = dequantized_base(
+        source,
+        quantization=scheme.quantization,
+        double_quantization=scheme.double,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+    if not as_source:
+        return base
+    original = dequantized_base(source, quantization="none", cache_dir=cache_dir, progress=progress)
+    return replace(base, model=original.model)
 
 
 def checked_bundle(folder: Path, base: Base) -> Bundle | None:

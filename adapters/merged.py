@@ -1,8 +1,8 @@
 """Owns bases with one adapter folded in: made once, kept as plain model folders. Knows no server.
 
-Such a folder holds the weights and the configuration that `quickchange merge --dtype float32` writes: the
-base as the adapter knows it, dequantised, plus the update, in float32. So it has the same fingerprint, and an
-adapter that was trained on what `merge` wrote fits a server that merged the same.
+Such a folder holds the weights and the configuration that `quickchange merge --dtype float32` writes, `--into
+dequantized` or, as a source, `original`. So it has the same fingerprint, and an adapter that was trained on
+what `merge` wrote fits a server that merged the same.
 """
 
 import hashlib
@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from adapters.base import dequantized_base
 from adapters.bundle import Bundle, read_bundle
 from adapters.cache import make_once
 from adapters.fingerprint import fingerprint_of, stored_tensors, weight_files
-from adapters.fold import fold_folder
+from adapters.fold import base_to_fold_into, fold_folder
 from adapters.measures import stored_digest
 from adapters.model_folder import save_model
 from adapters.quantize import Scheme
@@ -42,6 +41,8 @@ class Merge:
         fingerprint: of the bare base under the scheme.
         adapter: the adapter's folder.
         bundle: its manifest; None if it has none.
+        as_source: whether the update is added to the source's own weights, which are to be quantised, and not
+            to the base as the adapter knows it.
         digest: of the adapter's content.
         folder: where the result is, or will be.
         parameters: of the base.
@@ -53,6 +54,7 @@ class Merge:
     fingerprint: str
     adapter: Path
     bundle: Bundle | None
+    as_source: bool
     digest: str
     folder: Path
     parameters: int
@@ -64,8 +66,8 @@ class Merge:
 
     @property
     def making_bytes(self) -> int:
-        """Memory that making it takes at most: the base twice in float32, while one is made of the other."""
-        return 2 * self.folder_bytes
+        """Memory that making it takes at most: the base as it is loaded and as it is changed, in float32."""
+        return (3 if self.as_source else 2) * self.folder_bytes
 
     @property
     def folder_bytes(self) -> int:
@@ -74,13 +76,20 @@ class Merge:
 
 
 def planned_merge(
-    source: str, scheme: Scheme, adapter: Path, cache_dir: Path, *, progress: bool = True
+    source: str,
+    scheme: Scheme,
+    adapter: Path,
+    cache_dir: Path,
+    *,
+    as_source: bool = False,
+    progress: bool = True,
 ) -> Merge:
     """What is to be merged, and where to; no weights are loaded.
 
     Args:
         source: as for `adapters.base.load_base`.
         adapter: a folder of LoRA, DoRA or IA³, or one of biases.
+        as_source: see `Merge`.
 
     Raises:
         BaseModelError: there is no such base.
@@ -98,8 +107,9 @@ def planned_merge(
         fingerprint=fingerprint,
         adapter=adapter,
         bundle=bundle,
+        as_source=as_source,
         digest=digest,
-        folder=cache_dir / "merged" / _key(fingerprint, digest, bundle),
+        folder=cache_dir / "merged" / _key(fingerprint, digest, bundle, as_source),
         parameters=sum(math.prod(tensor.shape) for tensor in tensors),
     )
 
@@ -125,12 +135,8 @@ def make_merge(merge: Merge, cache_dir: Path, *, progress: bool = True) -> None:
 
 
 def _build(merge: Merge, cache_dir: Path, staged: Path, *, progress: bool) -> None:
-    base = dequantized_base(
-        str(merge.source),
-        quantization=merge.scheme.quantization,
-        double_quantization=merge.scheme.double,
-        cache_dir=cache_dir,
-        progress=progress,
+    base = base_to_fold_into(
+        str(merge.source), merge.scheme, as_source=merge.as_source, cache_dir=cache_dir, progress=progress
     )
     fold_folder(base, merge.adapter)
     template = None if merge.bundle is None else merge.bundle.chat_template
@@ -144,7 +150,7 @@ def _digest_of(adapter: Path) -> str:
     return stored_digest(adapter)
 
 
-def _key(fingerprint: str, digest: str, bundle: Bundle | None) -> str:
+def _key(fingerprint: str, digest: str, bundle: Bundle | None, as_source: bool) -> str:
     """Of all that decides what the folder holds."""
-    parts = [_FORMAT, fingerprint, digest, None if bundle is None else bundle.canonical()]
+    parts = [_FORMAT, fingerprint, digest, None if bundle is None else bundle.canonical(), as_source]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

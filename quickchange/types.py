@@ -402,7 +402,7 @@ class MergedAdapter:
 
     Attributes:
         adapter: the version; of a folder its name, and version 0.
-        into: "dequantized" is the live adapter; "requantized", in 4 bits again, is not it.
+        into: "dequantized" is the live adapter; "requantized", in 4 bits again, is not quite it.
         bare_base_fingerprint: of the base without it.
     """
 

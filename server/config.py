@@ -56,9 +56,7 @@ class BaseSettings(Section):
     ] = None
     merged_into: Annotated[
         Literal["dequantized", "requantized"],
-        About(
-            "what it is folded into; dequantized: the live adapter; requantized: as small as nf4, but not it"
-        ),
+        About("what it is folded into; dequantized: the live adapter; requantized: in nf4, nearly it"),
     ] = "dequantized"
 
     def __post_init__(self) -> None:

@@ -54,7 +54,14 @@ def load_merged(settings: ServerSettings, store: AdapterStore) -> tuple[Base, Me
     assert wanted.merged is not None, "the caller asked for one"
     cache, progress = wanted.cache_dir or default_cache_dir(), sys.stderr.isatty()
     with _adapter(wanted.merged, store) as (folder, record):
-        merge = planned_merge(wanted.source, Scheme(wanted.quantization), folder, cache, progress=progress)
+        merge = planned_merge(
+            wanted.source,
+            Scheme(wanted.quantization),
+            folder,
+            cache,
+            as_source=wanted.merged_into == "requantized",
+            progress=progress,
+        )
         _check_room(merge, cache)
         if wanted.merged_into == "dequantized":
             _check_dense(merge, wanted)
@@ -94,9 +101,8 @@ def _tell(merged: MergedAdapter, base: Base, settings: BaseSettings) -> None:
     )
     if merged.into == "requantized":
         log.warning(
-            "%s is merged into 4-bit weights, which are not the live adapter and may be nearer to the bare "
-            "base; `quickchange merge --into requantized --data` measures how far off they are, and the "
-            "default of --merged-into is the live adapter",
+            "%s is merged into 4-bit weights, which are not quite the live adapter: `quickchange merge "
+            "--into requantized --data` measures by how much; dequantized weights are it",
             merged.label,
         )
     elif settings.quantization != "none" and base.device.type == "cpu":

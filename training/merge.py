@@ -1,23 +1,24 @@
 """Takes an adapter out of the server: folds it into its base and saves a plain model folder. Knows no server.
 
 The adapter was trained against the NF4 base, so it is folded into exactly those weights, dequantised: in
-float32, rounded once. The sum may be quantised again, as a server with an NF4 base would have it, or the
-adapter folded into the original 16-bit weights: both lose what training corrected, and are labelled. The
+float32, rounded once. It may also be folded into the source's own weights, and their sum quantised as the
+base was: both lose what training corrected, and are labelled. (Quantised again, the base as the adapter knows
+it would lose the adapter: it lies on the grid, and most of an update is smaller than half a step.) The
 model is a private copy; a base being served is never touched. The arithmetic is in adapters/fold.py.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
 
-from adapters.base import Base, dequantized_base
+from adapters.base import Base
 from adapters.bundle import Bundle
 from adapters.cache import publish_folder
 from adapters.errors import BaseModelError
-from adapters.fold import checked_bundle, fold_folder, oriented
+from adapters.fold import base_to_fold_into, checked_bundle, fold_folder, oriented
 from adapters.model_folder import save_model
 from adapters.quantize import Quantization, Scheme, requantized
 from adapters.unserved import Folded
@@ -26,7 +27,7 @@ from training.versions import installed_versions
 MERGE_FILE = "merge.json"
 
 Target = Literal["dequantized", "requantized", "original"]
-"""What the sum is of: the base as the adapter knows it, that and quantised again, or the source's weights."""
+"""What the sum is of: the base as the adapter knows it; the source's own weights, quantised or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +114,9 @@ def merge_base(
         raise BaseModelError(
             f"a base in {scheme.name} has no 4-bit weights to quantise again; merge into dequantized"
         )
-    base = dequantized_base(
-        source,
-        quantization=scheme.quantization,
-        double_quantization=scheme.double,
-        cache_dir=cache_dir,
-        progress=progress,
+    return base_to_fold_into(
+        source, scheme, as_source=into != "dequantized", cache_dir=cache_dir, progress=progress
     )
-    if into != "original":
-        return base
-    original = dequantized_base(source, quantization="none", cache_dir=cache_dir, progress=progress)
-    return replace(base, model=original.model)
 
 
 def target_of(merged: Path) -> Target:

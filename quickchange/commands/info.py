@@ -37,7 +37,7 @@ def _merged(info: ServerInfo) -> dict[str, str]:
         return {}
     adapter = info.merged.adapter
     label = f"{adapter.name}@{adapter.version}" if adapter.version else adapter.name
-    note = "" if info.merged.into == "dequantized" else ", which is not the live adapter"
+    note = "" if info.merged.into == "dequantized" else ", which is not quite the live adapter"
     return {
         "merged": f"{label} ({adapter.digest}), {info.merged.into}{note}",
         "bare base": info.merged.bare_base_fingerprint,

@@ -36,7 +36,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         "--into",
         choices=("dequantized", "requantized", "original"),
         default="dequantized",
-        help="the base as the adapter knows it, that and quantised again, or the source's own weights "
+        help="the base as the adapter knows it; the source's own weights, quantised again or not "
         "(default: %(default)s)",
     )
     parser.add_argument(

@@ -233,7 +233,7 @@ class MergedAdapter(google.protobuf.message.Message):
     INTO_FIELD_NUMBER: builtins.int
     BARE_BASE_FINGERPRINT_FIELD_NUMBER: builtins.int
     into: builtins.str
-    """"dequantized": the live adapter. "requantized": in 4 bits again, which is not it."""
+    """"dequantized": the live adapter. "requantized": in 4 bits again, which is not quite it."""
     bare_base_fingerprint: builtins.str
     """Of the base that the adapter was trained on."""
     @property

@@ -297,7 +297,7 @@ def test_info(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("into", "note"),
-    [("dequantized", "dequantized\n"), ("requantized", "requantized, which is not the live adapter\n")],
+    [("dequantized", "dequantized\n"), ("requantized", "requantized, which is not quite the live adapter\n")],
 )
 def test_info_shows_what_is_merged(run: Run, script: Script, into: str, note: str) -> None:
     sql = inference_pb2.ResolvedAdapter(name="sql", version=3, digest="sha256:5")

@@ -102,6 +102,12 @@ def test_the_weights_are_those_that_merge_writes(
     assert merged.bare_fingerprint == bare.fingerprint != base.fingerprint
     if into == "dequantized":
         assert base.fingerprint == fingerprint_of(written, "none", base_cache)
+        return
+    original = {"quantization": "nf4", "into": "original", "dtype": "float32"}
+    merge_adapter(
+        str(source), adapter, tmp_path / "original", cache_dir=base_cache, progress=False, **original
+    )
+    assert base.fingerprint == fingerprint_of(tmp_path / "original", "nf4-64-double", base_cache)
 
 
 def test_it_is_made_once_and_its_template_is_the_adapters(
