@@ -185,17 +185,23 @@ class DrawRecord(Structure):
 _POINTER, _INT, _LONG, _FLOAT = c_void_p, c_int32, c_int64, c_float
 _PARTS = POINTER(POINTER(Linear))
 
+INTERFACE = 2
+"""QC_INTERFACE of native/quickchange_kernels.h, which this is the other side of."""
+
+_NO_MEMORY = -2
+
 SIGNATURES: dict[str, tuple[type | None, list[object]]] = {
+    "qc_interface": (_INT, []),
     "qc_isa_available": (_INT, [_INT]),
     "qc_isa_active": (_INT, []),
     "qc_isa_use": (_INT, [_INT]),
     "qc_isa_bf16": (_INT, [_INT]),
     "qc_spin_for": (None, [_LONG]),
     "qc_linear_forward": (
-        None,
+        _INT,
         [_PARTS, _INT, _POINTER, _LONG, _POINTER, _LONG, _INT, _POINTER, _LONG, _INT, _INT],
     ),
-    "qc_lora_delta": (None, [_PARTS, _INT, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _INT]),
+    "qc_lora_delta": (_INT, [_PARTS, _INT, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _INT]),
     "qc_cache_write": (
         None,
         [POINTER(CacheRecord), POINTER(Paging), _POINTER, _LONG, _POINTER, _LONG, _INT, _INT],
@@ -214,19 +220,32 @@ SIGNATURES: dict[str, tuple[type | None, list[object]]] = {
     ),
     "qc_draw_tokens": (None, [POINTER(DrawRecord), _INT, _LONG, _POINTER, _INT]),
     "qc_layers_forward": (
-        None,
+        _INT,
         [POINTER(POINTER(LayerRecord)), _LONG, POINTER(StepRecord), _POINTER],
     ),
 }
 """Result and arguments of every function of the C interface."""
+
+_NEEDS_MEMORY = ("qc_linear_forward", "qc_lora_delta", "qc_likeliest", "qc_layers_forward")
 
 
 def declare(library: ctypes.CDLL) -> None:
     """Gives every function of a loaded library its types.
 
     Raises:
-        AttributeError: the library lacks one; it was built from other sources.
+        AttributeError: it was built from other sources.
     """
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    if (found := library.qc_interface()) != INTERFACE:
+        raise AttributeError(f"it has interface {found}, and {INTERFACE} is wanted")
+    for name in _NEEDS_MEMORY:
+        getattr(library, name).errcheck = _with_memory
+
+
+def _with_memory(result: int, function: object, arguments: object) -> int:
+    """What an operation returned, if it had the memory that it needs besides its arguments."""
+    if result == _NO_MEMORY:
+        raise MemoryError("no memory for a native operation beside its arguments")
+    return result

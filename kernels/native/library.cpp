@@ -51,19 +51,19 @@ class Scratch {
  public:
   ~Scratch() { free(memory_); }
 
+  // Null, and nothing kept, if there is no memory for so many.
   float *floats(int64_t count) {
 #if defined(__SANITIZE_ADDRESS__)
-    const bool fits = count == size_;  // exactly what was asked for, so that one float more is found
+    const bool fits = memory_ && count == size_;  // exactly what was asked for, so that one float more is found
     const int64_t wanted = count / 16 * 16 + 16;
 #else
-    const bool fits = count <= size_;
-    const int64_t wanted = (count + count / 4 + 1023) / 1024 * 1024;
+    const bool fits = memory_ && count <= size_;
+    const int64_t wanted = (count + count / 4 + 1024) / 1024 * 1024;
 #endif
     if (!fits) {
       free(memory_);
-      size_ = wanted;
-      memory_ = (float *)aligned_alloc(64, (size_t)size_ * sizeof(float));
-      if (!memory_) abort();  // a few megabytes were not to be had: nothing could go on
+      memory_ = (float *)aligned_alloc(64, (size_t)wanted * sizeof(float));
+      size_ = memory_ ? wanted : 0;
     }
     return memory_;
   }
@@ -88,6 +88,8 @@ void with_crew(int32_t threads, const Work &work) {
 const qc::PairProducts *const qc::pair_products =
     bf16_of_processor() == QC_BF16_NONE ? nullptr : qc::avx512_bf16_products;
 
+QC_API int32_t qc_interface(void) { return QC_INTERFACE; }
+
 QC_API int32_t qc_isa_available(int32_t isa) { return kernels_of(isa) != nullptr; }
 
 QC_API int32_t qc_isa_active(void) { return active_isa; }
@@ -103,23 +105,27 @@ QC_API int32_t qc_isa_bf16(int32_t isa) { return isa == QC_AVX512 ? bf16_of_proc
 
 QC_API void qc_spin_for(int64_t microseconds) { qc::spin_for(microseconds); }
 
-QC_API void qc_linear_forward(const qc_linear *const *parts, int32_t part_count, const float *x, int64_t ldx, float *y,
-                              int64_t ldy, int32_t rows, const qc_segment *segments, int64_t segment_count,
-                              int32_t accumulate, int32_t threads) {
+QC_API int32_t qc_linear_forward(const qc_linear *const *parts, int32_t part_count, const float *x, int64_t ldx,
+                                 float *y, int64_t ldy, int32_t rows, const qc_segment *segments,
+                                 int64_t segment_count, int32_t accumulate, int32_t threads) {
   float *memory = scratch.floats(kernels->linear_size(parts, part_count, rows, segments, segment_count));
+  if (!memory) return QC_NO_MEMORY;
   with_crew(threads, [=](const Crew &crew) {
     kernels->linear(parts, part_count, x, ldx, y, ldy, rows, segments, segment_count, memory, accumulate != 0, true, crew);
   });
+  return QC_DONE;
 }
 
-QC_API void qc_lora_delta(const qc_linear *const *parts, int32_t part_count, const float *x, int64_t ldx, float *y,
-                          int64_t ldy, const qc_segment *segments, int64_t segment_count, int32_t threads) {
+QC_API int32_t qc_lora_delta(const qc_linear *const *parts, int32_t part_count, const float *x, int64_t ldx, float *y,
+                             int64_t ldy, const qc_segment *segments, int64_t segment_count, int32_t threads) {
   const int64_t size = kernels->linear_size(parts, part_count, 0, segments, segment_count);
-  if (size == 0) return;
+  if (size == 0) return QC_DONE;
   float *memory = scratch.floats(size);
+  if (!memory) return QC_NO_MEMORY;
   with_crew(threads, [=](const Crew &crew) {
     kernels->linear(parts, part_count, x, ldx, y, ldy, 0, segments, segment_count, memory, false, false, crew);
   });
+  return QC_DONE;
 }
 
 QC_API void qc_cache_write(const qc_cache *cache, const qc_paging *paging, const float *keys, int64_t ldk,
@@ -159,26 +165,29 @@ QC_API void qc_argmax(const float *x, int64_t ldx, int64_t *index, int32_t rows,
 
 QC_API int32_t qc_likeliest(const qc_linear *head, const qc_screen *screen, const float *x, int64_t ldx, int32_t rows,
                             int64_t *index, int32_t threads) {
-  if (qc_isa_bf16(qc_isa_active()) == QC_BF16_NONE) return -1;
+  if (qc_isa_bf16(qc_isa_active()) == QC_BF16_NONE) return QC_NOT_HERE;
   float *memory = scratch.floats(qc::pair_products->likeliest_size(*head, rows));
+  if (!memory) return QC_NO_MEMORY;
   with_crew(threads, [=](const Crew &crew) {
     qc::pair_products->likeliest(*head, *screen, x, ldx, rows, index, memory, crew);
   });
-  return 0;
+  return QC_DONE;
 }
 
 QC_API void qc_draw_tokens(const qc_draw *draws, int32_t count, int64_t width, int64_t *tokens, int32_t threads) {
   with_crew(threads, [=](const Crew &crew) { kernels->draw(draws, count, width, tokens, crew); });
 }
 
-QC_API void qc_layers_forward(const qc_layer *const *layers, int64_t count, const qc_step *step, float *x) {
+QC_API int32_t qc_layers_forward(const qc_layer *const *layers, int64_t count, const qc_step *step, float *x) {
   int64_t size = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t needed = kernels->layer_size(*layers[i], *step);
     if (needed > size) size = needed;
   }
   float *memory = scratch.floats(size);
+  if (!memory) return QC_NO_MEMORY;
   with_crew(step->threads, [=](const Crew &crew) {
     for (int64_t i = 0; i < count; ++i) kernels->layer(*layers[i], *step, x, memory, crew);
   });
+  return QC_DONE;
 }

@@ -128,6 +128,13 @@ typedef struct {
   const float *steps, *errors;  // [N, 16]
 } qc_screen;
 
+// The interface that a library was built with: another number whenever callers have to change with it.
+enum { QC_INTERFACE = 2 };
+int32_t qc_interface(void);
+
+// What operations return that need memory besides their arguments. Without it nothing was written.
+enum qc_result { QC_DONE = 0, QC_NOT_HERE = -1, QC_NO_MEMORY = -2 };
+
 // Instruction sets: what this processor and this build can run, best last; the one in use.
 int32_t qc_isa_available(int32_t isa);
 int32_t qc_isa_active(void);
@@ -138,13 +145,13 @@ int32_t qc_isa_bf16(int32_t isa);  // qc_bf16: its products of medium precision
 void qc_spin_for(int64_t microseconds);
 
 // y[:, offset of part i] = x Wᵢᵀ + biasᵢ + the update of each row's adapter, parts side by side; or += .
-void qc_linear_forward(const qc_linear *const *parts, int32_t part_count, const float *x, int64_t ldx, float *y,
-                       int64_t ldy, int32_t rows, const qc_segment *segments, int64_t segment_count,
-                       int32_t accumulate, int32_t threads);
+int32_t qc_linear_forward(const qc_linear *const *parts, int32_t part_count, const float *x, int64_t ldx, float *y,
+                          int64_t ldy, int32_t rows, const qc_segment *segments, int64_t segment_count,
+                          int32_t accumulate, int32_t threads);
 
 // y += the update of each row's adapter alone.
-void qc_lora_delta(const qc_linear *const *parts, int32_t part_count, const float *x, int64_t ldx, float *y,
-                   int64_t ldy, const qc_segment *segments, int64_t segment_count, int32_t threads);
+int32_t qc_lora_delta(const qc_linear *const *parts, int32_t part_count, const float *x, int64_t ldx, float *y,
+                      int64_t ldy, const qc_segment *segments, int64_t segment_count, int32_t threads);
 
 // keys [T, K, E], values [T, K, E'] into the cache at each row's position.
 void qc_cache_write(const qc_cache *cache, const qc_paging *paging, const float *keys, int64_t ldk,
@@ -167,7 +174,7 @@ void qc_gated(const float *x, int64_t ldx, float *y, int64_t ldy, int32_t rows, 
               int32_t threads);
 
 // x [T, hidden], contiguous, becomes the output of the last of the layers, each taking that of the one before.
-void qc_layers_forward(const qc_layer *const *layers, int64_t count, const qc_step *step, float *x);
+int32_t qc_layers_forward(const qc_layer *const *layers, int64_t count, const qc_step *step, float *x);
 
 // Index of the largest value of each row, the first of equals; -1 if any value of the row is not finite.
 void qc_argmax(const float *x, int64_t ldx, int64_t *index, int32_t rows, int64_t width, int32_t threads);
@@ -177,7 +184,7 @@ void qc_argmax(const float *x, int64_t ldx, int64_t *index, int32_t rows, int64_
 void qc_draw_tokens(const qc_draw *draws, int32_t count, int64_t width, int64_t *tokens, int32_t threads);
 
 // Index of the largest of x Wᵀ in each row, the first of equals, -1 if the row is not finite: what qc_argmax finds in
-// the products of a bfloat16 head of medium precision without bias. Returns -1 where there are no such products.
+// the products of a bfloat16 head of medium precision without bias. QC_NOT_HERE where there are no such products.
 int32_t qc_likeliest(const qc_linear *head, const qc_screen *screen, const float *x, int64_t ldx, int32_t rows,
                      int64_t *index, int32_t threads);
 
