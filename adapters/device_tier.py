@@ -63,9 +63,18 @@ class DeviceTier(Tier[OnDevice]):
         return chosen
 
     def enter(self, digest: str, loaded: Loaded) -> None:
-        """What was on its way is in a slot."""
+        """What was on its way is in a slot.
+
+        Raises:
+            MemoryError: there is none for that; nothing changed.
+        """
         slot = heapq.heappop(self._free_slots) if self._free_slots else self._take_new_slot()
-        self._slots.fill(slot, loaded.factors.by_module)
+        try:
+            self._slots.fill(slot, loaded.factors.by_module)
+        except MemoryError:
+            self._slots.clear(slot)
+            heapq.heappush(self._free_slots, slot)
+            raise
         self.settle(digest, OnDevice(slot, loaded), loaded.disk_s)
 
     def leave(self, digest: str, *, evicted: bool) -> Loaded:

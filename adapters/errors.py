@@ -23,6 +23,9 @@ from collections.abc import Iterable
 
 from adapters.report import MAX_LISTED, ValidationReport
 
+OUT_OF_MEMORY = "OUT_OF_MEMORY"
+"""Reason of errors that memory of device or host was not there for."""
+
 
 class AdapterError(Exception):
     """Base of all adapter errors.

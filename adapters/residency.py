@@ -17,13 +17,14 @@ import torch
 from adapters.bundle import check_base
 from adapters.copies import FactorCopies
 from adapters.device_tier import DeviceTier
-from adapters.errors import AdapterError, AdapterNotFoundError, CapacityError
+from adapters.errors import OUT_OF_MEMORY, AdapterError, AdapterNotFoundError, CapacityError
 from adapters.eviction import Eviction, policies
 from adapters.factors import bytes_of
 from adapters.host_tier import HostTier
 from adapters.layers import AdapterSlots
 from adapters.layout import BaseLayout
 from adapters.loader import AdapterLoader, Loaded
+from adapters.memory import is_out_of_memory
 from adapters.store import AdapterStore
 from adapters.tier import Resident, TierBudgets, TierName, Whereabouts
 
@@ -319,17 +320,20 @@ class AdapterResidency:
 
     def _settle(self, digest: str, load: _Loading) -> LoadOutcome:
         seconds = time.monotonic() - load.began_s
-        error = _error_of(digest, load.future)
+        error = _error_of(digest, load.future.exception())
+        if error is None and load.tier == "device":
+            try:
+                self._device.enter(digest, load.future.result())
+            except MemoryError as failure:
+                error = _error_of(digest, failure)
         if load.source == "host":
             self._host.release(digest)
         if error is not None:
             (self._device if load.tier == "device" else self._host).cancel(digest)
         elif load.tier == "host":
             self._host.settle(digest, load.future, load.future.result().disk_s)
-        else:
-            self._device.enter(digest, load.future.result())
-            if load.source == "host":
-                self._host.fetched(digest)
+        elif load.source == "host":
+            self._host.fetched(digest)
         self.changes += 1
         log.info(
             "adapter %s digest=%s tier=%s source=%s seconds=%.3f",
@@ -348,13 +352,18 @@ def _bytes_of(store: AdapterStore, layout: BaseLayout, dtype: torch.dtype, diges
     return bytes_of(store.facts_of(digest), layout, dtype)
 
 
-def _error_of(digest: str, future: "Future[Loaded]") -> AdapterError | None:
-    """Why a load failed, as callers may see it."""
-    error = future.exception()
+def _error_of(digest: str, error: BaseException | None) -> AdapterError | None:
+    """Why a load failed, as callers may see it; None if it did not."""
     if error is None or isinstance(error, AdapterError):
         return error
     if not isinstance(error, OSError | RuntimeError | MemoryError):  # disk, device or host memory
         raise error
     log.error("adapter load failed digest=%s", digest, exc_info=error)
+    if is_out_of_memory(error):
+        return CapacityError(
+            f"there was not enough memory for adapter {digest}; try again later, or start the server with a "
+            "lower --adapter-device-bytes or --kv-bytes",
+            reason=OUT_OF_MEMORY,
+        )
     failure = AdapterNotFoundError if isinstance(error, FileNotFoundError) else CapacityError
     return failure(f"adapter {digest} could not be loaded; see the server's log")

@@ -1,12 +1,13 @@
 """The server process: start-up, drain and shutdown, in the order in which they happen."""
 
 import asyncio
+import contextlib
 import gc
 import logging
-import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Final
 
@@ -65,6 +66,7 @@ from server.services.tls import ServerCertificates
 from server.services.uploads import MAX_CHUNK_BYTES
 from server.services.workers import Workers
 from server.tracing import TracingError, tracer_for
+from server.watchdog import Watchdog, end_within, exit_now
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +149,9 @@ class Server:
         self._health = HealthService(_SERVICES)
         self._doors = doors_of(settings, self._metrics)
         self._told_to_stop = asyncio.Event()
-        self._engine_died = False
+        self._ready = self._doubted = self._engine_died = False
+        self._watchdog: Watchdog | None = None
+        self._showing: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
         """Start-up, main loop, shutdown.
@@ -161,7 +165,8 @@ class Server:
             endpoint = self._start_metrics()
             rpc_server, port = await self._start_grpc()
             self._housekeeper.start()
-            await self._health.set_serving(not self._engine_died)
+            self._ready = True
+            await self._show_health()
             print(
                 f"ready grpc={address_of(self._settings.grpc.host, port)} "
                 f"metrics={address_of(self._settings.metrics.host, endpoint.port)}",
@@ -172,11 +177,16 @@ class Server:
             await rpc_server.stop(_FLUSH_S)
             endpoint.close()
         finally:
+            if self._engine.hangs:
+                log.error("stopped; a thread that hangs is left behind")
+                exit_now()
             sweeping.cancel()
             await asyncio.wait([sweeping])
             await self._engine.stop(0)
             if self._tracer is not None:
                 await asyncio.to_thread(self._tracer.close)
+            if self._watchdog is not None:
+                self._watchdog.close()
             await self._prompts.close()
             self._workers.close()
         log.info("stopped")
@@ -187,10 +197,7 @@ class Server:
     async def _start_engine(self) -> None:
         loop = asyncio.get_running_loop()
 
-        def died() -> None:
-            loop.call_soon_threadsafe(self._on_engine_death)
-
-        self._engine.on_death = died
+        self._engine.on_death = lambda: _call_soon(loop, self._on_engine_end, False)
         self._engine.start()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
@@ -199,8 +206,19 @@ class Server:
         if self._replica is not None:
             self._replica.start()
         await self._warm_up()
+        self._watch_engine(loop)
         gc.collect()
         gc.freeze()  # what start-up made stays: no collection in the middle of a step looks through it again
+
+    def _watch_engine(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._watchdog = Watchdog(
+            self._engine.progress,
+            self._settings.engine.watchdog_s,
+            alive=lambda: self._engine.alive,
+            on_doubt=lambda doubted: _call_soon(loop, self._on_doubt, doubted),
+            on_hang=lambda: _call_soon(loop, self._on_engine_end, True),
+        )
+        self._watchdog.start()
 
     async def _warm_up(self) -> None:
         """One short generation: whatever is slow only once is over before the first caller, or fails now."""
@@ -302,26 +320,35 @@ class Server:
     def _on_signal(self, number: signal.Signals) -> None:
         if self._told_to_stop.is_set():
             log.warning("stopping at once: told to stop a second time")
-            logging.shutdown()
-            os._exit(1)  # nothing to lose: whatever is half written is swept at the next start
+            exit_now()  # nothing to lose: whatever is half written is swept at the next start
         log.info("stopping: got %s", number.name)
         self._told_to_stop.set()
 
-    def _on_engine_death(self) -> None:
-        log.error("stopping: the engine died")
+    def _on_doubt(self, doubted: bool) -> None:
+        self._doubted = doubted
+        self._showing = asyncio.create_task(self._show_health())
+
+    def _on_engine_end(self, hangs: bool) -> None:
+        log.error("stopping: the engine %s", "hangs" if hangs else "died")
         self._engine_died = True
+        self._engine.abandon(hangs=hangs)
         self._told_to_stop.set()
 
+    async def _show_health(self) -> None:
+        stopping = self._told_to_stop.is_set()
+        await self._health.set_serving(self._ready and not (self._doubted or stopping))
+
     async def _drain(self) -> None:
-        """Admits nothing new, and lets what runs end within the grace."""
-        await self._health.set_serving(False)
+        """Admits nothing new, and lets what runs end within the grace; nothing runs on a dead engine."""
+        await self._show_health()
         self._engine.drain()
         self._desk.close()
         self._feed.close()
         self._housekeeper.close()
         if self._replica is not None:
             self._replica.close()
-        grace_s = self._settings.grpc.drain_grace_s
+        grace_s = 0.0 if self._engine_died else self._settings.grpc.drain_grace_s
+        end_within(grace_s + self._settings.engine.watchdog_s)
         log.info("draining grace_s=%g running=%d", grace_s, self._engine.stats().running)
         await asyncio.gather(self._engine.stop(grace_s), self._uploads_over(grace_s))
         await self._health.close()
@@ -332,6 +359,12 @@ class Server:
                 await self._desk.wait_until_idle()
         except TimeoutError:
             log.warning("uploads are cut off: they did not end within the grace")
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
+    """In the loop's thread, from any other; not at all once the loop is closed."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *arguments)
 
 
 def _upload_limits(settings: ServerSettings) -> server_pb2.UploadLimits:

@@ -109,6 +109,18 @@ class EngineSettings(Section):
 
     max_running_requests: Annotated[int, About("requests in one forward pass", 1, 4096)] = 32
     max_waiting_requests: Annotated[int, About("queue length; more is refused", 1, 1_000_000)] = 256
+    max_waiting_tokens: Annotated[
+        int | None, About("tokens of prompts that wait; more is refused; unset: no limit", 1)
+    ] = None
+    max_prompt_tokens: Annotated[
+        int | None, About("longest prompt; unset: what the context holds", 1, 1_000_000_000)
+    ] = None
+    max_new_tokens: Annotated[
+        int | None, About("longest answer that may be asked for; unset: what the context holds", 1)
+    ] = None
+    max_answers: Annotated[
+        int | None, About("answers to one request (n); unset: max_running_requests", 1, 4096)
+    ] = None
     max_batch_tokens: Annotated[
         int | None, About("tokens computed in one step; unset: 128 on a CPU, else 2048", 1, 1_000_000)
     ] = None
@@ -148,6 +160,9 @@ class EngineSettings(Section):
     spin_us: Annotated[
         int, About("microseconds that a helper thread looks for work before it sleeps", 0, 1_000_000)
     ] = 50
+    watchdog_s: Annotated[
+        float, About("the engine hangs, and the server ends, after so long without progress", 1, 86400)
+    ] = 120.0
     threads: Annotated[int | None, About("threads of matrix products; unset: chosen at start", 1, 1024)] = (
         None
     )
@@ -156,6 +171,16 @@ class EngineSettings(Section):
         Section.__post_init__(self)
         self._check_fits_a_step("prefill_chunk_tokens", self.prefill_chunk_tokens)
         self._check_fits_a_step("max_running_requests", self.max_running_requests)  # each needs a token
+        if self.max_answers is not None and self.max_answers > self.max_running_requests:
+            raise RangeError(
+                "max_answers",
+                f"is {self.max_answers}, must not exceed max_running_requests ({self.max_running_requests})",
+            )
+
+    @property
+    def most_answers(self) -> int:
+        """To one request; all of them run at once."""
+        return self.max_answers or self.max_running_requests
 
     def batch_tokens_on(self, device: str) -> int:
         """Tokens of one step: few on a CPU, which 64 keep busy already, while every stream waits for all."""

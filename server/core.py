@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adapters.base import Base
 from adapters.errors import AdapterError, CapacityError
+from adapters.memory import is_out_of_memory
 from adapters.residency import AdapterResidency
 from adapters.store import AdapterStore
 from adapters.tier import TierName
@@ -18,19 +19,20 @@ from kernels.library import status as native_status
 from server.batch import Batch, Row
 from server.blocks import BlockPool
 from server.config import EngineSettings
-from server.errors import AdapterLoadError, DeadlineError, RequestFailedError, ServerError
+from server.errors import DeadlineError, RequestFailedError, RequestMemoryError, ServerError, load_error_of
 from server.generation import Generation
 from server.memory import plan_memory
 from server.metrics import Metrics
 from server.request import Failed, Finished, FinishReason, Started, TokenEvent
 from server.runner import ModelRunner
-from server.sampler import Scores, sample
+from server.sampler import Choice, SampleRow, Scores, sample
 from server.scheduler import Scheduler
 from server.sequence import Phase, Sequence
 from server.statistics import StepCounters
 from server.stream import RequestStream
 from server.text import decoder_of
 from server.tracing import Tracer
+from server.watchdog import Progress
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class EngineCore:
         self.vocab_size = base.vocab_size
         self.decoder = decoder_of(base.tokenizer)
         self.counters = StepCounters()
+        self.progress = Progress()
         self.max_batch_tokens = settings.batch_tokens_on(base.device.type)
         self._metrics, self._tracer = metrics, tracer
         self._eos_token_ids = base.eos_token_ids
@@ -124,8 +127,14 @@ class EngineCore:
         """Answers that nothing was computed for yet."""
         return len(self.scheduler.waiting) + self._held
 
+    @property
+    def waiting_tokens(self) -> int:
+        """Of what waits; answers to one request that follow its first count as nothing."""
+        return self.scheduler.waiting.tokens
+
     def add(self, answers: Items[Generation]) -> None:
         """Queues a request. Its first answer goes ahead; the others find the prompt in the prefix cache."""
+        self.counters.drain.busy()
         self._generations.update((answer.sequence, answer) for answer in answers)
         self._held += len(answers) - 1
         if self._tracer is not None:
@@ -179,10 +188,13 @@ class EngineCore:
         self._drop_expired(began_s)
         planned = self.scheduler.next_batch(began_s)
         if planned is not None:
-            batch, scores = self._forward(planned)
-            self.scheduler.commit(batch)
-            self._advance(batch, scores)
+            with self.progress.computing(planned.token_count):
+                batch, scores = self._forward(planned)
+                self.scheduler.commit(batch)
+                self._advance(batch, scores)
             self._count(planned, time.monotonic() - began_s)
+        elif self.is_empty:
+            self.counters.drain.idle()
         self._forget_unused()
         return planned is not None
 
@@ -198,37 +210,43 @@ class EngineCore:
         else:
             self._barren_steps = 0
             return batch, scores
-        computed = [(row, self._forward_alone(row)) for row in batch.rows]
+        self.runner.free_spare_memory()
+        results = [(row, self._forward_alone(row)) for row in batch.rows]
         # A row that was computed may have gone since then, with another answer of its request.
         survivors = [
             (row, logits_SV)
-            for row, logits_SV in computed
-            if logits_SV is not None and row.sequence.phase is not Phase.FINISHED
+            for row, logits_SV in results
+            if isinstance(logits_SV, Tensor) and row.sequence.phase is not Phase.FINISHED
         ]
-        self._barren_steps = 0 if survivors else self._barren_steps + 1
+        broken = any(type(result) is RequestFailedError for _, result in results)  # not for want of memory
+        self._barren_steps = self._barren_steps + 1 if broken and not survivors else 0
         if self._barren_steps >= _BARREN_STEPS:
             raise RuntimeError(f"{self._barren_steps} steps in a row failed for every request")
         logits = [torch.empty(0, self.vocab_size), *(logits_SV for _, logits_SV in survivors)]
         return Batch(tuple(row for row, _ in survivors)), Scores.of(torch.cat(logits))
 
-    def _forward_alone(self, row: Row) -> Tensor | None:
-        """A row's logits; None, and its request has failed, if they could not be computed."""
+    def _forward_alone(self, row: Row) -> Tensor | RequestFailedError | None:
+        """A row's logits, or with what its request has failed; None if that had ended before."""
         if row.sequence.phase is Phase.FINISHED:
             return None
+        self.progress.mark()
         try:
             return self.runner.run(Batch((row,))).cpu()
         except Exception as error:
             log.exception("request failed request_id=%s", row.sequence.request.request_id)
-            reason = f"the forward pass failed: {type(error).__name__}"
-            self._fail(row.sequence, RequestFailedError(reason))
-            return None
+            failure = _failure_of(error)
+        self._fail(row.sequence, failure)
+        return failure
 
     def _advance(self, batch: Batch, scores: Scores) -> None:
         generations = [self._generations[row.sequence] for row in batch.rows if row.samples]
-        choices = sample(scores, [generation.sample_row() for generation in generations])
+        choices = self._choose(scores, [generation.sample_row() for generation in generations])
         for generation, choice in zip(generations, choices, strict=True):
             if generation.sequence.phase is Phase.FINISHED:
                 continue  # a sibling in the same step failed, and the request with it
+            if isinstance(choice, RequestFailedError):
+                self._fail(generation.sequence, choice)
+                continue
             if choice.token_id is None:
                 self._fail(generation.sequence, RequestFailedError("the logits were not finite"))
                 continue
@@ -238,6 +256,25 @@ class EngineCore:
                 self._metrics.observe_inter_token(gap_s)
             for event in events:
                 self._emit(generation, event)
+
+    def _choose(self, scores: Scores, rows: list[SampleRow]) -> list[Choice | RequestFailedError]:
+        """Every row's next token; where memory is short they are chosen one by one."""
+        try:
+            return list(sample(scores, rows))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.exception("no memory to choose %d tokens at once", len(rows))
+        self.runner.free_spare_memory()
+        return [self._choose_alone(scores.of_row(index), row) for index, row in enumerate(rows)]
+
+    def _choose_alone(self, scores: Scores, row: SampleRow) -> Choice | RequestFailedError:
+        try:
+            return sample(scores, [row])[0]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return _failure_of(error)
 
     def _emit(self, generation: Generation, event: TokenEvent) -> None:
         self._events.append((generation.stream, event))
@@ -283,7 +320,7 @@ class EngineCore:
         """Reports a request's end, once its last answer has ended."""
         if any(sibling.sequence in self._generations for sibling in generation.siblings):
             return
-        self.counters.count_request()
+        self.counters.drain.count()
         request = generation.request
         generated = sum(sibling.sequence.output_length for sibling in generation.siblings)
         first = generation.siblings[0]
@@ -311,7 +348,7 @@ class EngineCore:
             if outcome.error is not None and outcome.tier == "device":
                 for sequence in self.scheduler.waiting_for(outcome.digest):
                     if sequence.phase is not Phase.FINISHED:  # not with a sibling already
-                        self._fail(sequence, AdapterLoadError(outcome.error))
+                        self._fail(sequence, load_error_of(outcome.error))
 
     def _drop_expired(self, now_s: float) -> None:
         for sequence in self.scheduler.unfinished():
@@ -330,3 +367,13 @@ class EngineCore:
         self.counters.count(batch)
         self._metrics.observe_step(batch.phase, seconds, len(batch.rows), batch.adapter_count)
         self._metrics.count_preemptions(self.scheduler.preemptions)
+
+
+def _failure_of(error: Exception) -> RequestFailedError:
+    """What the client is told of a forward pass that failed for its request alone."""
+    if is_out_of_memory(error):
+        return RequestMemoryError(
+            "there was not enough memory for the request; send a shorter prompt, or start the server with a "
+            "lower --max-batch-tokens, --kv-bytes or --adapter-device-bytes"
+        )
+    return RequestFailedError(f"the forward pass failed: {type(error).__name__}")

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -21,10 +22,16 @@ from adapters.tier import Resident, TierName, Whereabouts
 from kernels.library import native
 from server.config import EngineSettings
 from server.core import EngineCore
-from server.errors import DrainingError, EngineDownError, InvalidRequestError, QueueFullError
+from server.errors import (
+    DeadlineError,
+    DrainingError,
+    EngineDownError,
+    InvalidRequestError,
+    QueueFullError,
+)
 from server.generation import Generation, generations_of
 from server.metrics import Metrics
-from server.request import Request, TokenEvent
+from server.request import Failed, Request, TokenEvent
 from server.statistics import EngineStats
 from server.stream import RequestStream
 from server.tracing import Tracer
@@ -58,13 +65,17 @@ class Engine:
         self._condition = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._submitted = 0
+        self._submitted_tokens = 0
+        self._streams: WeakSet[RequestStream] = WeakSet()
         self._closed = False
+        self.hangs = False
         self._draining = False
         self._stopping = False
         self._residents: tuple[Resident, ...] = ()
         self._tiers: Mapping[str, TierName] = {}
         self._changes_shown = 0
         self._core = EngineCore(base, store, settings, metrics, self._wake, tracer)
+        self.progress = self._core.progress
         self.on_death: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run_thread, name="engine", daemon=True)
 
@@ -89,14 +100,22 @@ class Engine:
         """Tokens of one step at most."""
         return self._core.max_batch_tokens
 
+    def room_for_answer(self, prompt_tokens: int) -> int:
+        """Tokens that an answer may have at most after such a prompt."""
+        room = self.max_context_tokens - prompt_tokens
+        return min(room, self._settings.max_new_tokens or room)
+
     def submit(self, request: Request) -> RequestStream:
         """Queues a request; call in a running event loop, where its stream will live.
 
         Raises:
-            InvalidRequestError: the prompt is empty, too long, or holds an unknown token.
+            InvalidRequestError: the prompt is empty, too long, or holds an unknown token; or more is asked
+                for than the settings allow.
             QueueFullError, DrainingError, EngineDownError: it was not queued.
+            DeadlineError: its deadline has passed already; whether a later one can be met is not certain.
         """
-        self.check_open()
+        prompt_tokens = len(request.prompt_token_ids)
+        self.check_open(prompt_tokens)
         self._check(request)
         stream = RequestStream(
             asyncio.get_running_loop(), lambda: self._post_if_open(cancel), answers=request.n
@@ -108,23 +127,37 @@ class Engine:
             self._core.cancel(answers)
 
         with self._condition:
-            self.check_open()
+            self.check_open(prompt_tokens)
             self._post(lambda: self._enqueue(answers))
             self._submitted += request.n
+            self._submitted_tokens += prompt_tokens
+        self._streams.add(stream)
         return stream
 
-    def check_open(self) -> None:
+    def check_open(self, prompt_tokens: int = 0) -> None:
         """Tells early, before work goes into a request, that it would not be queued now.
 
+        Args:
+            prompt_tokens: of the request; 0 while they are not known. A prompt that is longer than all that
+                may wait is taken when nothing else waits.
+
         Raises:
-            QueueFullError, DrainingError
+            QueueFullError, DrainingError, EngineDownError
         """
+        if self._closed:
+            raise EngineDownError("the engine has stopped; the server is about to exit")
         if self._draining:
             raise DrainingError("the server is draining; send the request to another one")
-        if self._waiting >= self._settings.max_waiting_requests:
-            raise QueueFullError(
-                f"{self._settings.max_waiting_requests} requests are waiting; try again later",
-                self._core.counters.seconds_per_request,
+        waiting, most = self._waiting, self._settings.max_waiting_requests
+        if waiting >= most:
+            raise self._full(waiting, f"{most} requests are waiting")
+        tokens, most_tokens = (
+            self._submitted_tokens + self._core.waiting_tokens,
+            self._settings.max_waiting_tokens,
+        )
+        if most_tokens is not None and tokens and tokens + prompt_tokens > most_tokens:
+            raise self._full(
+                waiting, f"prompts of {tokens} tokens are waiting, and no more than {most_tokens} may"
             )
 
     async def load(self, digest: str, tier: TierName = "device") -> Whereabouts:
@@ -227,16 +260,33 @@ class Engine:
             if self._core.is_empty and not self._submitted:
                 break
             await asyncio.sleep(_STOP_POLL_S)
+        if self.hangs:
+            return
         self._stopping = True
         self._wake()
         await asyncio.to_thread(self._thread.join)
         self._core.residency.close()
+
+    def abandon(self, *, hangs: bool) -> None:
+        """Gives the thread up: ends every stream. For the event loop that the streams live in.
+
+        Args:
+            hangs: it may never end, so that nothing may wait for it either.
+        """
+        self.hangs = hangs
+        self._closed = True  # without the lock: the thread may have it
+        self._metrics.set_engine_up(False)
+        for stream in list(self._streams):
+            stream.put(Failed(EngineDownError("the engine stopped before the answer was complete")))
 
     # Between the threads
 
     @property
     def _waiting(self) -> int:
         return self._submitted + self._core.waiting
+
+    def _full(self, waiting: int, why: str) -> QueueFullError:
+        return QueueFullError(f"{why}; try again later", self._core.counters.drain.refuse(waiting))
 
     def _bytes_in(self, tier: TierName) -> int:
         return sum(resident.size_bytes for resident in self._residents if resident.tier == tier)
@@ -249,12 +299,21 @@ class Engine:
             raise InvalidRequestError(
                 "prompt", f"has {count} tokens; the context holds {limit}, the answer included"
             )
-        if request.n > self._settings.max_running_requests:
+        most_tokens, asked = self._settings.max_prompt_tokens, request.sampling.max_new_tokens
+        if most_tokens is not None and count > most_tokens:
             raise InvalidRequestError(
-                "sampling.n",
-                f"is {request.n}, must be at most {self._settings.max_running_requests}, "
-                "which is how many run at once",
+                "prompt", f"has {count} tokens, this server takes {most_tokens} at most"
             )
+        if asked > (longest := self._settings.max_new_tokens or asked):
+            raise InvalidRequestError(
+                "sampling.max_new_tokens", f"is {asked}, must be at most {longest} on this server"
+            )
+        if request.n > (most := self._settings.most_answers):
+            raise InvalidRequestError(
+                "sampling.n", f"is {request.n}, must be at most {most}, which is how many may run at once"
+            )
+        if request.deadline_s is not None and time.monotonic() >= request.deadline_s:
+            raise DeadlineError("the deadline passed before the request was queued")
         unknown = [t for t in request.prompt_token_ids if not 0 <= t < self._core.vocab_size]
         if unknown:
             raise InvalidRequestError(
@@ -264,6 +323,7 @@ class Engine:
     def _enqueue(self, answers: list[Generation]) -> None:
         with self._condition:
             self._submitted -= len(answers)
+            self._submitted_tokens -= answers[0].sequence.prompt_length
         self._core.add(answers)
 
     def _post(self, command: Callable[[], None]) -> None:
@@ -298,6 +358,7 @@ class Engine:
             library.spin_for(self._settings.spin_us)
         try:
             while not self._stopping:
+                self.progress.mark()
                 self._take_commands()
                 worked = self._core.step()
                 self._publish()
@@ -305,14 +366,17 @@ class Engine:
                     self._sleep()
         except BaseException:
             log.exception("the engine died")
-            self._close()
-            self.on_death()
+            try:
+                self._close()
+            finally:
+                self.on_death()
         else:
             self._close()
 
     def _take_commands(self) -> None:
         while self._inbox:
             self._inbox.popleft()()
+            self.progress.mark()
 
     def _publish(self) -> None:
         """Sends the step's events, one wake-up per event loop, and shows the new state to other threads."""

@@ -10,12 +10,16 @@ ServerError
 ├── DrainingError          this server is going away
 ├── EngineDownError        the engine died
 ├── AdapterLoadError       its adapter could not be brought to the device
+│   └── AdapterMemoryError     because there was no memory for it
 ├── DeadlineError          the deadline passed before the end
 ├── UploadNotFoundError    no upload with this id
 ├── UploadStateError       the upload with this id is not what the call takes it for
 ├── UploadAbortedError     another call has the upload now
 └── RequestFailedError     this request alone failed inside; its batch-mates go on
+    └── RequestMemoryError     because there was no memory for it
 """
+
+from adapters.errors import OUT_OF_MEMORY, AdapterError
 
 
 class ServerError(Exception):
@@ -117,6 +121,17 @@ class AdapterLoadError(ServerError):
         self.cause = cause
 
 
+class AdapterMemoryError(AdapterLoadError):
+    """The device or the host had no memory for the request's adapter."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+
+def load_error_of(cause: AdapterError) -> AdapterLoadError:
+    """What requests end with whose adapter could not be loaded."""
+    return (AdapterMemoryError if cause.reason == OUT_OF_MEMORY else AdapterLoadError)(cause)
+
+
 class DeadlineError(ServerError):
     """The request's deadline passed before its end."""
 
@@ -159,3 +174,10 @@ class RequestFailedError(ServerError):
     """An unexpected failure of this request alone."""
 
     reason = "REQUEST_FAILED"
+
+
+class RequestMemoryError(RequestFailedError):
+    """There was no memory to compute this request."""
+
+    reason = OUT_OF_MEMORY
+    code = "RESOURCE_EXHAUSTED"

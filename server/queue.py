@@ -11,7 +11,11 @@ from server.sequence import Sequence
 
 
 class WaitingQueue:
-    """One line per adapter and priority, oldest first."""
+    """One line per adapter and priority, oldest first.
+
+    Attributes:
+        tokens: of everything that waits; none of them computed, unless a prefix cache has them.
+    """
 
     def __init__(self, shares: FairShare, aging_s: float) -> None:
         """
@@ -22,6 +26,7 @@ class WaitingQueue:
         self._aging_s = aging_s
         self._lines: dict[tuple[str, int], list[Sequence]] = {}
         self._count = 0
+        self.tokens = 0
 
     def __len__(self) -> int:
         return self._count
@@ -39,6 +44,7 @@ class WaitingQueue:
         line = self._lines.setdefault(_line_of(sequence), [])
         insort(line, sequence, key=_number)
         self._count += 1
+        self.tokens += len(sequence.token_ids)
 
     def remove(self, sequence: Sequence) -> None:
         """
@@ -53,6 +59,7 @@ class WaitingQueue:
         if not line:
             del self._lines[_line_of(sequence)]
         self._count -= 1
+        self.tokens -= len(sequence.token_ids)
 
     def ranked(self, now_s: float, passed: Set[str]) -> list[Sequence]:
         """The first of each line, in order, adapters in `passed` left out; all stay in the queue."""

@@ -110,6 +110,11 @@ class ModelRunner:
         self._route(batch)
         return Scores(self._screen.likeliest(self.direct.hidden(*self._inputs(batch)).contiguous()))
 
+    def free_spare_memory(self) -> None:
+        """Gives back what the device's allocator keeps for later, after an allocation failed."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def scrub(self, blocks: list[int]) -> None:
         """Zeroes blocks that may hold values that are not finite: masking alone does not keep those out."""
         if blocks:

@@ -37,6 +37,11 @@ class Scores:
         native_form = logits_SV.device.type == "cpu" and native() is not None
         return cls(argmax(logits_SV) if native_form else argmax_reference(logits_SV), logits_SV)
 
+    def of_row(self, index: int) -> "Scores":
+        """Of one row alone."""
+        rows = slice(index, index + 1)
+        return Scores(self.likeliest_S[rows], None if self.logits_SV is None else self.logits_SV[rows])
+
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:

@@ -67,7 +67,7 @@ def request_of(
     """What the caller wants of the engine.
 
     Args:
-        room_tokens: what the context leaves for the answer; bounds the default, not the caller's own number.
+        room_tokens: most that the answer may have here; bounds the default, not the caller's own number.
         tenant: the caller's; None if it is no tenant's.
 
     Raises:
@@ -93,7 +93,7 @@ def sampling_of(request: inference_pb2.GenerateRequest, room_tokens: int) -> Sam
     """How the caller wants tokens to be chosen.
 
     Args:
-        room_tokens: what the context leaves for the answer; bounds the default, not the caller's own number.
+        room_tokens: most that the answer may have here; bounds the default, not the caller's own number.
 
     Raises:
         InvalidRequestError: a value is out of its range.

@@ -14,7 +14,13 @@ from typing import Final
 from adapters.canary import MAX_ALTERNATIVES, Canary, Probe
 from adapters.errors import AdapterError, CanaryMismatchError, CapacityError
 from server.engine import Engine
-from server.errors import AdapterLoadError, DeadlineError, QueueFullError, RequestFailedError
+from server.errors import (
+    AdapterLoadError,
+    DeadlineError,
+    QueueFullError,
+    RequestFailedError,
+    RequestMemoryError,
+)
 from server.request import (
     MAX_PRIORITY,
     AdapterIdentity,
@@ -70,7 +76,7 @@ class CanaryReplay:
         try:
             await run.load()
             await run.ask_all(self._together)
-        except (DeadlineError, QueueFullError) as error:
+        except (DeadlineError, QueueFullError, RequestMemoryError) as error:
             raise CanaryDelayedError(
                 f"the server is too busy to replay the canary, {self._timeout_s:g} s at most: {error}; "
                 "go on later with the same upload_id, or upload again",
@@ -186,7 +192,7 @@ class _Run:
 
 
 def _meaning_of(error: Exception) -> Exception:
-    if isinstance(error, RequestFailedError):
+    if isinstance(error, RequestFailedError) and not isinstance(error, RequestMemoryError):
         return CanaryMismatchError(f"it cannot answer its canary: {error}; train it again")
     if isinstance(error, AdapterLoadError) and isinstance(error.cause, AdapterError):
         return error.cause

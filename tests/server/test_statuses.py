@@ -33,6 +33,7 @@ EXPECTED = {
     server_errors.DrainingError: "UNAVAILABLE",
     server_errors.EngineDownError: "UNAVAILABLE",
     server_errors.AdapterLoadError: "FAILED_PRECONDITION",
+    server_errors.AdapterMemoryError: "RESOURCE_EXHAUSTED",
     server_errors.DeadlineError: "DEADLINE_EXCEEDED",
     UploadStalledError: "DEADLINE_EXCEEDED",
     server_errors.UploadNotFoundError: "NOT_FOUND",
@@ -41,6 +42,7 @@ EXPECTED = {
     UploadIncompleteError: "INVALID_ARGUMENT",
     ChunkCorruptError: "DATA_LOSS",
     server_errors.RequestFailedError: "INTERNAL",
+    server_errors.RequestMemoryError: "RESOURCE_EXHAUSTED",
     adapter_errors.InvalidAdapterError: "INVALID_ARGUMENT",
     adapter_errors.UnsupportedAdapterError: "FAILED_PRECONDITION",
     adapter_errors.WrongBaseError: "FAILED_PRECONDITION",
@@ -150,8 +152,10 @@ def test_the_code_for_metrics_is_the_code_of_the_wire(cls: type[Exception]) -> N
     ends_a_running_request = cls in (
         server_errors.EngineDownError,
         server_errors.AdapterLoadError,
+        server_errors.AdapterMemoryError,
         server_errors.DeadlineError,
         server_errors.RequestFailedError,
+        server_errors.RequestMemoryError,
     )
     assert not ends_a_running_request or code == EXPECTED[cls]
 
