@@ -35,6 +35,7 @@ from adapters.quantize import (
     quantized_folder,
     quantized_layers,
 )
+from adapters.room import check_fits
 from adapters.serving import ServingLinear
 from adapters.sources import Source, resolve_source
 from adapters.support import supported_config
@@ -131,6 +132,7 @@ def load_base(
 
     Raises:
         BaseNotFoundError: the source is not there or cannot be read.
+        BaseTooLargeError: its weights need more memory than is free.
         UnsupportedBaseError: its architecture or form cannot be served, or "native" or "medium" was asked
             for and is not there.
     """
@@ -146,6 +148,7 @@ def load_base(
     activations = _activation_dtype(dtype, place)
     found = resolve_source(source, cache, progress=progress)
     supported_config(found.folder)
+    check_fits(found.folder, quantization, place)
     fingerprint = fingerprint_of(found.folder, scheme.name, cache)
     if quantization == "none":
         model = _load_model(found.folder, place, activations)

@@ -16,6 +16,7 @@ AdapterError
 └── CapacityError            no room (bytes, quota, disk)
 BaseModelError
 ├── BaseNotFoundError        the source is not there or cannot be read
+├── BaseTooLargeError        there is not enough memory for it
 └── UnsupportedBaseError     it is there and cannot be served or quantised
 """
 
@@ -160,3 +161,7 @@ class BaseNotFoundError(BaseModelError):
 
 class UnsupportedBaseError(BaseModelError):
     """The source is there and cannot be served or quantised as asked."""
+
+
+class BaseTooLargeError(BaseModelError):
+    """There is not enough memory for it here."""

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from adapters.base import Base
 from adapters.errors import AdapterError, BaseModelError
+from adapters.memory import is_out_of_memory
 from adapters.replica import ReplicaStore
 from adapters.retention import RetentionPolicy
 from adapters.store import AdapterStore
@@ -45,6 +46,7 @@ from server.opening import (
     check_free,
     check_tokens,
     doors_of,
+    no_memory,
     open_audit_log,
     open_store,
 )
@@ -108,6 +110,12 @@ def serve(settings: ServerSettings) -> int:
             return asyncio.run(Server(settings, base, store, merged).run())
     except (StartError, BaseModelError, AdapterError, OutOfMemoryAtStartError, TracingError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        log.debug("out of memory at start", exc_info=error)
+        print(f"error: {no_memory(settings, error)}", file=sys.stderr)
         return 1
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from adapters.room import memory_free_on
 from adapters.tier import TierBudgets
 from server.config import GIB, MIB, EngineSettings
 
@@ -43,11 +44,11 @@ def plan_memory(
     """Sizes the caches from what the settings ask for, or else from the memory that is free now.
 
     Raises:
-        OutOfMemoryAtStartError: the key/value budget does not hold one block.
+        OutOfMemoryAtStartError: the key/value budget does not hold one block, or is more than there is.
     """
-    free_bytes = memory_free_on(device)
+    free = memory_free_on(device)
     block_bytes = kv_bytes_per_token * settings.block_tokens
-    kv_bytes = settings.kv_bytes or _default_kv_bytes(free_bytes, device)
+    kv_bytes = settings.kv_bytes or _default_kv_bytes(free, device)
     running_blocks = settings.max_running_requests * -(-max_context_tokens // settings.block_tokens)
     blocks = min(kv_bytes // block_bytes, _USEFUL_SHARE * running_blocks)
     if blocks < 1:
@@ -55,13 +56,18 @@ def plan_memory(
             f"keys and values of one block need {block_bytes} bytes and {kv_bytes} are allowed; "
             "raise --kv-bytes or lower --block-tokens"
         )
+    if blocks * block_bytes > free:
+        raise OutOfMemoryAtStartError(
+            f"keys and values are to have {blocks * block_bytes / GIB:.1f} GiB and {free / GIB:.1f} GiB are "
+            "free; lower --kv-bytes, --max-running-requests or --max-context-tokens"
+        )
     adapters = TierBudgets(
-        device_bytes=settings.adapter_device_bytes or _default_adapter_bytes(free_bytes, device),
+        device_bytes=settings.adapter_device_bytes or _default_adapter_bytes(free, device),
         host_bytes=_host_tier_bytes(settings, device),
     )
     log.info(
         "memory free_mib=%d kv_mib=%d kv_tokens=%d adapter_mib=%d adapter_host_mib=%d",
-        free_bytes // MIB,
+        free // MIB,
         blocks * block_bytes // MIB,
         blocks * settings.block_tokens,
         adapters.device_bytes // MIB,
@@ -70,15 +76,15 @@ def plan_memory(
     return Budgets(blocks, settings.block_tokens, adapters)
 
 
-def _default_kv_bytes(free_bytes: int, device: torch.device) -> int:
+def _default_kv_bytes(free: int, device: torch.device) -> int:
     if device.type == "cuda":
-        adapters = _default_adapter_bytes(free_bytes, device)
-        return max(0, free_bytes - adapters - _CUDA_RESERVE_BYTES)
-    return min(int(free_bytes * _KV_SHARE), _CPU_KV_LIMIT_BYTES)
+        adapters = _default_adapter_bytes(free, device)
+        return max(0, free - adapters - _CUDA_RESERVE_BYTES)
+    return min(int(free * _KV_SHARE), _CPU_KV_LIMIT_BYTES)
 
 
-def _default_adapter_bytes(free_bytes: int, device: torch.device) -> int:
-    share = int(free_bytes * _ADAPTER_SHARE)
+def _default_adapter_bytes(free: int, device: torch.device) -> int:
+    share = int(free * _ADAPTER_SHARE)
     return share if device.type == "cuda" else min(share, _CPU_ADAPTER_LIMIT_BYTES)
 
 
@@ -90,10 +96,3 @@ def _host_tier_bytes(settings: EngineSettings, device: torch.device) -> int:
     if device.type == "cpu":
         return 0
     return min(int(psutil.virtual_memory().available * _HOST_SHARE), _HOST_TIER_LIMIT_BYTES)
-
-
-def memory_free_on(device: torch.device) -> int:
-    """Bytes that a device, or the host for a CPU, has left now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

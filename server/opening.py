@@ -8,6 +8,8 @@ import logging
 import socket
 from pathlib import Path
 
+import psutil
+
 from adapters.errors import AdapterError
 from adapters.quota import StoreQuota
 from adapters.remote import RemotePlace
@@ -15,7 +17,7 @@ from adapters.replica import ReplicaStore
 from adapters.store import AdapterStore
 from quickchange.certificates import CertificateError
 from server.access import Doorkeeper, OpenDoor
-from server.config import ServerSettings
+from server.config import GIB, ServerSettings
 from server.metrics import Metrics
 from server.services.audit import write_audit_to
 from server.services.tls import ServerCertificates
@@ -121,6 +123,15 @@ def _open_replica(url: str, cache: Path, reserve_bytes: int) -> ReplicaStore:
     else:
         log.info("store opened url=%s snapshot=%d", url, store.generation)
     return store
+
+
+def no_memory(settings: ServerSettings, error: Exception) -> str:
+    """What to say if the start ran out of memory where nobody had counted."""
+    free = psutil.virtual_memory().available / GIB
+    return (
+        f"there is not enough memory to serve {settings.base.source} ({error}); {free:.1f} GiB of the host "
+        "are free; lower --kv-bytes, --adapter-device-bytes or --adapter-host-bytes, or take a smaller base"
+    )
 
 
 def check_free(flag: str, host: str, port: int) -> None:

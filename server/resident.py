@@ -17,9 +17,10 @@ from adapters.cache import default_cache_dir
 from adapters.errors import AdapterCorruptError, AdapterNotFoundError, InvalidAdapterError
 from adapters.quantize import Quantization, Scheme
 from adapters.replica import ReplicaStore
+from adapters.room import memory_free_on
 from adapters.store import AdapterStore
 from server.config import MIB, BaseSettings, ServerSettings
-from server.memory import OutOfMemoryAtStartError, memory_free_on
+from server.memory import OutOfMemoryAtStartError
 from server.merged import MergedAdapter
 from server.request import AdapterIdentity
 
