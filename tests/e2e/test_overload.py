@@ -64,13 +64,14 @@ def test_limits_of_one_request(start: StartServer) -> None:
         for options, field in (
             ({"prompt": [7] * 51}, "prompt"),
             ({"prompt": PROMPT, "max_new_tokens": 21}, "sampling.max_new_tokens"),
-            ({"prompt": PROMPT, "n": 3}, "sampling.n"),
         ):
             with pytest.raises(InvalidArgumentError) as caught:
                 client.generate(**options)  # type: ignore[arg-type]  # each of its own type
             assert [violation.field for violation in caught.value.field_violations] == [field]
-        answer = client.generate([7] * 50, n=2, max_new_tokens=20, ignore_eos=True)
-        assert [choice.usage.completion_tokens for choice in answer.choices] == [20, 20]
+        with pytest.raises(InvalidArgumentError, match="must be at most 2"):
+            client.generate_many(PROMPT, 3)
+        answers = client.generate_many([7] * 50, 2, max_new_tokens=20, ignore_eos=True)
+        assert [answer.usage.completion_tokens for answer in answers] == [20, 20]
         # Who says nothing of the length gets what is allowed.
         assert client.generate(PROMPT, ignore_eos=True).usage.completion_tokens == 20
 
