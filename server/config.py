@@ -177,11 +177,6 @@ class EngineSettings(Section):
                 f"is {self.max_answers}, must not exceed max_running_requests ({self.max_running_requests})",
             )
 
-    @property
-    def most_answers(self) -> int:
-        """To one request; all of them run at once."""
-        return self.max_answers or self.max_running_requests
-
     def batch_tokens_on(self, device: str) -> int:
         """Tokens of one step: few on a CPU, which 64 keep busy already, while every stream waits for all."""
         if self.max_batch_tokens is not None:

@@ -129,7 +129,7 @@ class EngineCore:
 
     @property
     def waiting_tokens(self) -> int:
-        """Of what waits; answers that are held until the first of their request has begun count as nothing."""
+        """Of what waits; answers that are held until the first of their request began count as nothing."""
         return self.scheduler.waiting.tokens
 
     def add(self, answers: Items[Generation]) -> None:

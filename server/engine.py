@@ -100,6 +100,22 @@ class Engine:
         """Tokens of one step at most."""
         return self._core.max_batch_tokens
 
+    def check_allowed(self, request: Request) -> None:
+        """Whether the settings let a caller ask for so much; what the server asks itself is its own business.
+
+        Raises:
+            InvalidRequestError
+        """
+        allowed, prompt_tokens = self._settings, len(request.prompt_token_ids)
+        for field, asked, most in (
+            ("prompt", prompt_tokens, allowed.max_prompt_tokens),
+            ("sampling.max_new_tokens", request.sampling.max_new_tokens, allowed.max_new_tokens),
+            ("sampling.n", request.n, allowed.max_answers),
+        ):
+            if most is not None and asked > most:
+                what = f"has {asked} tokens" if field == "prompt" else f"is {asked}"
+                raise InvalidRequestError(field, f"{what}, must be at most {most} on this server")
+
     def room_for_answer(self, prompt_tokens: int) -> int:
         """Tokens that an answer may have at most after such a prompt."""
         room = self.max_context_tokens - prompt_tokens
@@ -109,8 +125,8 @@ class Engine:
         """Queues a request; call in a running event loop, where its stream will live.
 
         Raises:
-            InvalidRequestError: the prompt is empty, too long, or holds an unknown token; or more is asked
-                for than the settings allow.
+            InvalidRequestError: the prompt is empty, too long, or holds an unknown token; or more answers are
+                asked for than may run at once.
             QueueFullError, DrainingError, EngineDownError: it was not queued.
             DeadlineError: its deadline has passed already; whether a later one can be met is not certain.
         """
@@ -299,18 +315,11 @@ class Engine:
             raise InvalidRequestError(
                 "prompt", f"has {count} tokens; the context holds {limit}, the answer included"
             )
-        most_tokens, asked = self._settings.max_prompt_tokens, request.sampling.max_new_tokens
-        if most_tokens is not None and count > most_tokens:
+        if request.n > self._settings.max_running_requests:
             raise InvalidRequestError(
-                "prompt", f"has {count} tokens, this server takes {most_tokens} at most"
-            )
-        if asked > (longest := self._settings.max_new_tokens or asked):
-            raise InvalidRequestError(
-                "sampling.max_new_tokens", f"is {asked}, must be at most {longest} on this server"
-            )
-        if request.n > (most := self._settings.most_answers):
-            raise InvalidRequestError(
-                "sampling.n", f"is {request.n}, must be at most {most}, which is how many may run at once"
+                "sampling.n",
+                f"is {request.n}, must be at most {self._settings.max_running_requests}, "
+                "which is how many run at once",
             )
         if request.deadline_s is not None and time.monotonic() >= request.deadline_s:
             raise DeadlineError("the deadline passed before the request was queued")

@@ -142,6 +142,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     traceparent=_traceparent_of(context),
                     tenant=known.tenant,
                 )
+                self._engine.check_allowed(wanted)
                 allowance = known.rates.reserve_tokens(len(prompt.token_ids), _longest(wanted, room_tokens))
                 with allowance.kept_if_all_is_well():
                     stream = self._engine.submit(wanted)

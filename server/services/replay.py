@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import Final
 
 from adapters.canary import MAX_ALTERNATIVES, Canary, Probe
-from adapters.errors import AdapterError, CanaryMismatchError, CapacityError
+from adapters.errors import OUT_OF_MEMORY, AdapterError, CanaryMismatchError, CapacityError
 from server.engine import Engine
 from server.errors import (
     AdapterLoadError,
@@ -112,7 +112,7 @@ class _Run:
             try:
                 await self._engine.load(self._identity.digest)
             except CapacityError as error:
-                if error.reason != CapacityError.default_reason:
+                if error.reason not in (CapacityError.default_reason, OUT_OF_MEMORY):
                     raise
             else:
                 return
