@@ -162,7 +162,7 @@ class EngineSettings(Section):
     ] = 50
     watchdog_s: Annotated[
         float, About("the engine hangs, and the server ends, after so long without progress", 1, 86400)
-    ] = 120.0
+    ] = 45.0
     threads: Annotated[int | None, About("threads of matrix products; unset: chosen at start", 1, 1024)] = (
         None
     )

@@ -28,6 +28,8 @@ _SLOWER: Final = 5.0
 """So many times what the dearest step of late would take per token is still healthy."""
 _MEMORY: Final = 0.9
 """Of how dear a step was, what the next one remembers: about twenty steps."""
+_LONGEST: Final = 10
+"""So many times the bound is the longest that anything may take, whatever was learned."""
 _LAST_WORDS_S: Final = 5.0
 """From a hang to the end of the process, if its orderly end does not come first."""
 HUNG_EXIT_STATUS: Final = 1
@@ -88,7 +90,7 @@ class Watchdog:
     ) -> None:
         """
         Args:
-            bound_s: without any progress for so long, the thread hangs.
+            bound_s: without any progress for so long the thread hangs, unless it does what may take longer.
             alive: whether the thread is still there; one that ended does not hang.
             on_doubt: called with True when progress is overdue, with False when it came after all.
             on_hang: called once; the process ends `_LAST_WORDS_S` later, if it is still there.
@@ -117,16 +119,17 @@ class Watchdog:
                     self._on_doubt(False)
                 continue
             stalled_s += _TICK_S
-            if not doubted and stalled_s >= min(self._progress.patience_s, self._bound_s):
+            patience_s = min(self._progress.patience_s, _LONGEST * self._bound_s)
+            if not doubted and stalled_s >= patience_s:
                 doubted = True
                 log.warning("no progress of the engine seconds=%.2f; not ready until it gets on", stalled_s)
                 self._on_doubt(True)
-            if stalled_s >= self._bound_s:
-                self._end()
+            if stalled_s >= max(patience_s, self._bound_s):
+                self._end(stalled_s)
                 return
 
-    def _end(self) -> None:
-        log.error("the engine hangs: no progress seconds=%.1f; where every thread is follows", self._bound_s)
+    def _end(self, stalled_s: float) -> None:
+        log.error("the engine hangs: no progress seconds=%.1f; where every thread is follows", stalled_s)
         faulthandler.dump_traceback(sys.stderr)
         self._on_hang()
         time.sleep(_LAST_WORDS_S)

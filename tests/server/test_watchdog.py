@@ -46,6 +46,17 @@ def test_a_long_step_is_not_doubted_where_steps_are_known_to_be_long() -> None:
     assert told == [True, False]
 
 
+def test_what_is_known_to_take_long_may_take_longer_than_the_bound() -> None:
+    progress, hung = Progress(), threading.Event()
+    compute(progress, 1, 0)
+    compute(progress, 1, 0.1)
+    dog = Watchdog(progress, 1, alive=lambda: True, on_doubt=lambda _: None, on_hang=hung.set)
+    dog.start()
+    compute(progress, 8, 2.0)
+    assert not hung.is_set()
+    dog.close()
+
+
 def test_a_thread_that_ended_does_not_hang() -> None:
     hung = threading.Event()
     dog = Watchdog(Progress(), 1, alive=lambda: False, on_doubt=lambda _: None, on_hang=hung.set)
