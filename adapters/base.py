@@ -152,11 +152,11 @@ def load_base(
     fingerprint = fingerprint_of(found.folder, scheme.name, cache)
     if quantization == "none":
         model = _load_model(found.folder, place, activations)
-        _replace_conv1d(model)
+        replace_conv1d(model)
     else:
         weights = quantized_folder(found.folder, scheme, fingerprint, cache, progress=progress)
         model = _load_quantized(weights, place, activations, exact=dtype == "float32")
-    _complete(model, found.folder)
+    complete(model, found.folder)
     if purpose == "serve":
         model.requires_grad_(False)
     storage = torch.bfloat16 if chosen == "native" and dtype != "float32" else activations
@@ -164,7 +164,7 @@ def load_base(
         use_native_layers(model, storage, precision)
     elif purpose == "serve":
         _make_serving(model, activations, fused=dtype != "float32")
-    return _describe(model, found, fingerprint, scheme, place, activations, storage, precision)
+    return describe(model, found, fingerprint, scheme, place, activations, storage, precision)
 
 
 def dequantized_model(source: str, *, cache_dir: Path | None = None, progress: bool = True) -> Any:
@@ -198,7 +198,7 @@ def dequantized_base(
         progress=progress,
     )
     plain = _load_model(base.folder, base.device, base.dtype)
-    _complete(plain, base.folder)
+    complete(plain, base.folder)
     for name, layer in quantized_layers(base.model).items():
         weight_OD, target = plain_weight(layer), plain.get_submodule(name)
         target.weight.data = weight_OD.T.contiguous() if isinstance(target, Conv1D) else weight_OD
@@ -315,7 +315,7 @@ def _linear4bits(model: nn.Module) -> dict[str, Linear4bit]:
     return {name: layer for name, layer in quantized_layers(model).items() if isinstance(layer, Linear4bit)}
 
 
-def _replace_conv1d(model: Any) -> None:
+def replace_conv1d(model: Any) -> None:
     """GPT-2's transposed linear layers become Linear, as they do under NF4, so that adapters see one kind."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
@@ -326,13 +326,13 @@ def _replace_conv1d(model: Any) -> None:
             model.set_submodule(name, plain.eval())
 
 
-def _complete(model: Any, folder: Path) -> None:
+def complete(model: Any, folder: Path) -> None:
     """Gives a model what its source says of it, wherever its weights came from."""
     model.name_or_path = model.config._name_or_path = str(folder)
     model.generation_config = generation_config(folder, model.config)
 
 
-def _describe(
+def describe(
     model: Any,
     source: Source,
     fingerprint: str,

@@ -8,7 +8,6 @@ So it is the same on every machine, for every path and for every way of cutting 
 
 import hashlib
 import json
-import mmap
 import os
 import tempfile
 from collections.abc import Mapping
@@ -41,6 +40,7 @@ _VOLATILE_KEYS = frozenset(
     }
 )
 _MAX_HEADER_BYTES = 100_000_000  # as safetensors itself allows
+_CHUNK_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +152,13 @@ def _stored_tensor(name: str, entry: Any, path: Path, data_start: int) -> Stored
 
 
 def _tensor_digest(tensor: StoredTensor) -> str:
-    if tensor.start == tensor.end:
-        return hashlib.sha256().hexdigest()
-    with (
-        tensor.path.open("rb") as handle,
-        mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        memoryview(data) as view,
-        view[tensor.start : tensor.end] as content,
-    ):
-        return hashlib.sha256(content).hexdigest()
+    """Read in pieces: what is mapped counts as this process's memory once it was looked at."""
+    digest = hashlib.sha256()
+    with tensor.path.open("rb") as handle:
+        handle.seek(tensor.start)
+        for start in range(tensor.start, tensor.end, _CHUNK_BYTES):
+            digest.update(handle.read(min(_CHUNK_BYTES, tensor.end - start)))
+    return digest.hexdigest()
 
 
 def _cached_weights_digest(paths: list[Path], cache_dir: Path) -> str:

@@ -22,13 +22,22 @@ from adapters.quantize import progress_bars
 _GENERATION_FILE: Final = "generation_config.json"
 
 
-def save_model(folder: Path, base: Base, model: Any, *, dtype: str, chat_template: str | None) -> None:
+def save_model(
+    folder: Path,
+    base: Base,
+    model: Any,
+    *,
+    dtype: str,
+    chat_template: str | None,
+    shard_bytes: int | None = None,
+) -> None:
     """Fills the folder; the model is rounded to `dtype` in place.
 
     Args:
         base: gives tokenizer and generation configuration.
         model: in transformers' own layers.
         chat_template: None for the base's own.
+        shard_bytes: what a file of weights holds at most; None for what transformers does.
 
     Raises:
         BaseModelError: a weight is too large for `dtype`.
@@ -36,7 +45,27 @@ def save_model(folder: Path, base: Base, model: Any, *, dtype: str, chat_templat
     model.to(getattr(torch, dtype))
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise BaseModelError(f"{name} overflows {dtype}; save it in float32")
+            raise overflow(name, parameter.dtype)
+    sizes = {} if shard_bytes is None else {"max_shard_size": shard_bytes}
+    _save(folder, base, model, dtype=dtype, chat_template=chat_template, **sizes)
+
+
+def save_all_but_weights(
+    folder: Path, base: Base, model: Any, *, dtype: str, chat_template: str | None
+) -> None:
+    """As `save_model`, but for the weights, which the model need not have."""
+    model.to(getattr(torch, dtype))
+    _save(folder, base, model, dtype=dtype, chat_template=chat_template, state_dict={})
+
+
+def overflow(name: str, dtype: torch.dtype) -> BaseModelError:
+    """What is raised of a weight that is too large for a type."""
+    return BaseModelError(f"{name} overflows {str(dtype).removeprefix('torch.')}; save it in float32")
+
+
+def _save(
+    folder: Path, base: Base, model: Any, *, dtype: str, chat_template: str | None, **options: Any
+) -> None:
     model.config.dtype = dtype
     own_template = base.tokenizer.chat_template
     try:
@@ -48,7 +77,7 @@ def save_model(folder: Path, base: Base, model: Any, *, dtype: str, chat_templat
     if original.is_file():  # copied: save_pretrained refuses many that are published and work
         model.generation_config = GenerationConfig()
     with progress_bars(False), writing("the model"):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **options)
     if original.is_file():
         shutil.copyfile(original, folder / _GENERATION_FILE)
 

@@ -10,9 +10,10 @@ served on CUDA, so that the same source gives the same codes everywhere. Served 
 quantisation and none; the others are for training and merging.
 """
 
+import copy
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,12 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from adapters.bnb import Linear4bit, Linear8bitLt, functional
 from adapters.cache import make_once
-from adapters.nf4 import dequantized_weight
+from adapters.nf4 import dequantized_weight, plain_absmax
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 
@@ -88,6 +90,19 @@ def quantized_folder(
     return target
 
 
+def coded_modules(config: Any, scheme: Scheme) -> frozenset[str]:
+    """Names of the modules of such a model whose weights are quantised; no weights are made.
+
+    Args:
+        scheme: any but none.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    quantizer = AutoHfQuantizer.from_config(_bitsandbytes_config(scheme), pre_quantized=False)
+    quantizer.preprocess_model(model, device_map={"": "cpu"})
+    return frozenset(quantized_layers(model))
+
+
 def quantized_layers(model: nn.Module) -> dict[str, Linear4bit | Linear8bitLt]:
     """Every layer whose weight bitsandbytes keeps, by name."""
     return {
@@ -105,21 +120,47 @@ def plain_weight(layer: nn.Module) -> Tensor:
         codes, scales = (layer.weight.CB, layer.weight.SCB)
         if codes is None:  # the first product takes them over
             codes, scales = layer.state.CB, layer.state.SCB
-        weight: Tensor = codes.float() * (scales.float()[:, None] / _INT8_STEPS)
-        return weight
+        return _plain_int8(codes, scales)
     assert isinstance(layer, nn.Linear), "every linear module of a base for training is one"
     return layer.weight.detach().float()
 
 
-def requantized(weight_OD: Tensor, scheme: Scheme) -> Tensor:
-    """What is left of a float32 weight once it is quantised as a base's in 4 bits is; float32 again."""
-    codes, state = functional.quantize_4bit(
-        weight_OD.contiguous(), blocksize=_WEIGHTS_PER_BLOCK, quant_type=scheme.quantization
-    )
+def is_cut_exactly(in_features: int, scheme: Scheme) -> bool:
+    """Whether blocks of rows are dequantised to the bits of the whole weight.
+
+    Where a row ends within a quantisation block, what bitsandbytes makes of it on a CPU depends on the rows
+    before it.
+    """
+    return not scheme.is_4bit or in_features % _WEIGHTS_PER_BLOCK == 0
+
+
+def recoded(blocks: Iterable[Tensor], scheme: Scheme) -> Iterator[Tensor]:
+    """What is left of a weight once it is quantised as a base's is: the same bits as `plain_weight` of it.
+
+    It need not be in memory: blocks of rows of [O, D] go in and come out, in float32. Their codes and scales
+    are kept meanwhile, half a byte and a 16th of one for each weight; the second quantisation of 4-bit scales
+    needs all of them.
+
+    Args:
+        blocks: all rows in one where `is_cut_exactly` says no, else all but the last of a multiple of 64.
+        scheme: any but none.
+    """
+    if not scheme.is_4bit:  # each row has its scale
+        yield from map(_recoded_int8, blocks)
+        return
+    coded = [_coded(block, scheme) for block in blocks]
+    whole = coded[0][2]
+    whole.absmax = torch.cat([state.absmax for _, _, state in coded])
     if scheme.double:
-        _quantize_scales(state)
-    weight: Tensor = functional.dequantize_4bit(codes, state)
-    return weight.float()
+        _quantize_scales(whole)
+    absmax, start = plain_absmax(whole), 0
+    for shape, codes, _ in coded:
+        stop = start + -(-shape.numel() // _WEIGHTS_PER_BLOCK)
+        weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+            codes, absmax[start:stop], _WEIGHTS_PER_BLOCK, scheme.quantization, shape, torch.float32
+        )
+        yield weight
+        start = stop
 
 
 @contextmanager
@@ -151,6 +192,22 @@ def _quantize(folder: Path, scheme: Scheme, staged: Path, *, progress: bool) -> 
             model.config.quantization_config.bnb_4bit_use_double_quant = True
         model.generation_config = GenerationConfig()  # the source's own stays with the source
         model.save_pretrained(staged)
+
+
+def _coded(block_OD: Tensor, scheme: Scheme) -> tuple[torch.Size, Tensor, functional.QuantState]:
+    codes, state = functional.quantize_4bit(
+        block_OD.contiguous(), blocksize=_WEIGHTS_PER_BLOCK, quant_type=scheme.quantization
+    )
+    return block_OD.shape, codes, state
+
+
+def _recoded_int8(block_OD: Tensor) -> Tensor:
+    codes, scales, _ = functional.int8_vectorwise_quant(block_OD.contiguous().to(torch.float16))
+    return _plain_int8(codes, scales)
+
+
+def _plain_int8(codes: Tensor, scales: Tensor) -> Tensor:
+    return codes.float() * (scales.float()[:, None] / _INT8_STEPS)
 
 
 def _bitsandbytes_config(scheme: Scheme) -> Any:

@@ -1,45 +1,38 @@
-"""Folds into a plain model what no server applies: DoRA, IA³ and biases. Knows no server.
+"""Folds into a model's weights what no server applies: DoRA, IA³ and biases. Knows no server.
 
-What such a folder may hold adapters/unserved_folder.py checks. PEFT then does the arithmetic, in float32.
+What such a folder may hold adapters/unserved_folder.py checks. PEFT then does the arithmetic, in float32,
+some rows of one layer at a time.
+
+O out-features, D in-features.
 """
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from adapters.base import Base
 from adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from adapters.model_folder import untie
+from adapters.skeleton import empty_model
 from adapters.unserved_folder import biases_to_change, load_modules, read_unserved, unserved_kind
 from adapters.wrapping import wrapped
 
-
-@dataclass(frozen=True, slots=True)
-class Folded:
-    """What was done to a model.
-
-    Attributes:
-        modules: how many changed.
-        delta_norm: Frobenius norm of the whole change.
-    """
-
-    digest: str
-    modules: int
-    delta_norm: float
+_PREFIX: Final = "base_model.model."
+_ADAPTER: Final = "default"
 
 
-def fold_unserved(base: Base, folder: Path) -> Folded | None:
-    """Folds the adapter into base.model, in place; None if it is of a kind that this module does not know.
+def open_unserved(base: Base, folder: Path) -> "PeftFolding | BiasFolding | None":
+    """The adapter, ready to be folded; None if it is of a kind that this module does not know.
 
     Args:
-        base: dequantised, its model in transformers' own float32 layers.
+        base: its model may be without data; its head gets a weight of its own if the adapter changes it.
 
     Raises:
         InvalidAdapterError, UnsupportedAdapterError: it is of such a kind, and malformed.
@@ -50,8 +43,8 @@ def fold_unserved(base: Base, folder: Path) -> Folded | None:
     if adapter is None:
         return None
     if adapter.kind == "biases":
-        return _folded(folder, _put_in(base, adapter.tensors))
-    return _folded(folder, _fold(base, adapter.peft, adapter.tensors))
+        return BiasFolding(unserved_digest(folder), base, adapter.tensors)
+    return PeftFolding(unserved_digest(folder), base, adapter.peft, adapter.tensors)
 
 
 def unserved_digest(folder: Path) -> str:
@@ -62,42 +55,141 @@ def unserved_digest(folder: Path) -> str:
     return f"sha256:{content.hexdigest()}"
 
 
-@torch.no_grad()
-def _fold(base: Base, config: Any, tensors: Mapping[str, Tensor]) -> list[float]:
-    adapted = wrapped(base.model, config)
-    load_modules(adapted, tensors)
-    head = base.model.get_output_embeddings()
-    if _is_tuned(head):
-        untie(base.model, head.get_base_layer())
-    layers = [module for module in adapted.modules() if hasattr(module, "merge") and _is_tuned(module)]
-    squares = [_merged(layer) for layer in layers]
-    adapted.unload()
-    return squares
+class BiasFolding:
+    """Biases in the places of the base's.
+
+    Attributes:
+        digest: "sha256:…" of the adapter's files.
+        modules: how many change.
+    """
+
+    def __init__(self, digest: str, base: Base, tensors: Mapping[str, Tensor]) -> None:
+        biases_to_change(base, tensors)
+        self.digest, self.modules = digest, len(tensors)
+        self._tensors = tensors
+        self._squares = dict.fromkeys(tensors, 0.0)
+
+    @property
+    def delta_norm(self) -> float:
+        """Frobenius norm of all that was changed so far."""
+        return math.sqrt(sum(self._squares.values()))
+
+    def folded(self, name: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """As of `adapters.fold.Folding`."""
+        if name not in self._tensors:
+            yield from blocks
+            return
+        start = 0
+        for block in blocks:
+            trained = self._tensors[name][start : start + len(block)].float()
+            start += len(block)
+            self._squares[name] += _square(trained - block)
+            yield trained
 
 
-def _is_tuned(module: Any) -> bool:
-    return isinstance(module, BaseTunerLayer)
+class PeftFolding:
+    """What PEFT merges: DoRA and IA³.
+
+    Attributes: as of `BiasFolding`.
+    """
+
+    def __init__(self, digest: str, base: Base, config: Any, tensors: Mapping[str, Tensor]) -> None:
+        adapted = wrapped(empty_model(base.model.config), config, empty=True)
+        _give_data(adapted)
+        load_modules(adapted, tensors)
+        self._layers: dict[str, Any] = {
+            name.removeprefix(_PREFIX): module
+            for name, module in adapted.named_modules()
+            if isinstance(module, BaseTunerLayer) and hasattr(module, "merge")
+        }
+        self.digest, self.modules = digest, len(self._layers)
+        self._squares = dict.fromkeys(self._layers, 0.0)
+        if base.layout.head in self._layers:
+            untie(base.model, base.model.get_output_embeddings())
+
+    @property
+    def delta_norm(self) -> float:
+        """Frobenius norm of all weights' change so far; biases, which IA³ scales too, do not count."""
+        return math.sqrt(sum(self._squares.values()))
+
+    @torch.no_grad()
+    def folded(self, name: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """As of `adapters.fold.Folding`."""
+        module, _, kind = name.rpartition(".")
+        layer = self._layers.get(module)
+        if layer is None:
+            yield from blocks
+        elif kind == "weight":
+            yield from self._weights(module, layer, blocks)
+        else:
+            yield _merged_bias(layer, torch.cat(list(blocks)))
+
+    def _weights(self, module: str, layer: Any, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        per_output = _per_output(layer)
+        if per_output is None:
+            blocks, per_output = [torch.cat(list(blocks))], []
+        whole, start = [parameter.data for parameter in per_output], 0
+        for block in blocks:
+            rows = slice(start, start := start + len(block))
+            for parameter, data in zip(per_output, whole, strict=True):
+                parameter.data = data[rows]
+            merged = _merged_weight(layer, block)
+            self._squares[module] += _square(merged - block)
+            yield merged
+        for parameter, data in zip(per_output, whole, strict=True):
+            parameter.data = data
 
 
-def _merged(layer: Any) -> float:
-    """Merges a layer; the square of its change's norm."""
-    before = layer.get_base_layer().weight.detach().clone()
+def _give_data(adapted: nn.Module) -> None:
+    """To what the adapter brings; the base's own weights stay without."""
+    for module in adapted.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
+
+
+def _per_output(layer: Any) -> list[nn.Parameter] | None:
+    """What of an adapted layer has a row for each of its outputs, if its rows can be merged by themselves."""
+    if _ADAPTER in getattr(layer, "lora_B", ()):
+        return [layer.lora_B[_ADAPTER].weight, layer.lora_magnitude_vector[_ADAPTER].weight]
+    if _ADAPTER in getattr(layer, "ia3_l", ()):
+        return [] if layer.is_feedforward else [layer.ia3_l[_ADAPTER]]
+    return None
+
+
+def _merged_weight(layer: Any, weight_OD: Tensor) -> Tensor:
+    """Leaves the weight that it is given as it was."""
+    inner, transposed = layer.get_base_layer(), isinstance(layer.get_base_layer(), Conv1D)
+    kept = weight_OD.T.contiguous() if transposed else weight_OD.clone()
+    inner.weight, bias = nn.Parameter(kept, requires_grad=False), getattr(inner, "bias", None)
+    if bias is not None:
+        inner.bias = None  # it has no data, and is merged by itself
+    _merge(layer)
+    if bias is not None:
+        inner.bias = bias
+    merged: Tensor = inner.weight.detach()
+    return merged.T if transposed else merged
+
+
+def _merged_bias(layer: Any, bias_O: Tensor) -> Tensor:
+    """IA³ scales the bias of a layer whose output it scales; DoRA leaves every bias as it is."""
+    if _ADAPTER not in getattr(layer, "ia3_l", ()):
+        return bias_O
+    inner = layer.get_base_layer()
+    shape = (0, len(bias_O)) if isinstance(inner, Conv1D) else (len(bias_O), 0)
+    if layer.is_feedforward:
+        return bias_O
+    inner.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
+    inner.bias = nn.Parameter(bias_O.clone(), requires_grad=False)
+    _merge(layer)
+    merged: Tensor = inner.bias.detach()
+    return merged
+
+
+def _merge(layer: Any) -> None:
     layer.merge()
-    return _square(layer.get_base_layer().weight.detach() - before)
-
-
-@torch.no_grad()
-def _put_in(base: Base, tensors: Mapping[str, Tensor]) -> list[float]:
-    biases = biases_to_change(base, tensors)
-    squares = [_square(tensor.float() - biases[name]) for name, tensor in tensors.items()]
-    for name, tensor in tensors.items():
-        biases[name].copy_(tensor)
-    return squares
+    layer.merged_adapters.clear()  # more rows will follow
 
 
 def _square(change: Tensor) -> float:
     return float(change.double().square().sum())
-
-
-def _folded(folder: Path, squares: list[float]) -> Folded:
-    return Folded(unserved_digest(folder), len(squares), math.sqrt(sum(squares)))

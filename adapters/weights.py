@@ -32,8 +32,8 @@ __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "LoraPair", "TensorInfo", "load_pairs"
 MAX_HEADER_BYTES = 4 * 1024 * 1024  # 25 000 tensors with long names
 _LENGTH_BYTES = 8
 _MAX_DIMENSIONS = 8
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
 _PREFIX = "base_model.model."
 
@@ -174,9 +174,9 @@ def _tensor_info(name: str, entry: Any, data_offset: int) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         _bad_header(f"tensor {brief(name)} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InvalidAdapterError(
-            f"tensor {brief(name)} has dtype {brief(dtype)}; save the adapter as one of {', '.join(_DTYPES)}",
+            f"tensor {brief(name)} has dtype {brief(dtype)}; save the adapter as one of {', '.join(DTYPES)}",
             reason="BAD_DTYPE",
         )
     if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
@@ -184,7 +184,7 @@ def _tensor_info(name: str, entry: Any, data_offset: int) -> TensorInfo:
     if not _are_sizes(offsets) or len(offsets) != 2:
         _bad_header(f"tensor {brief(name)} has data_offsets {brief(offsets)}")
     size_bytes = offsets[1] - offsets[0]
-    if size_bytes != _product(shape) * _DTYPES[dtype].itemsize:
+    if size_bytes != _product(shape) * DTYPES[dtype].itemsize:
         _bad_header(f"tensor {brief(name)} of shape {brief(shape)} and dtype {dtype} has {size_bytes} bytes")
     return TensorInfo(dtype, tuple(shape), data_offset + offsets[0], size_bytes)
 
@@ -269,7 +269,7 @@ def _read_bytes(file: io.BufferedReader, offset: int, count: int) -> Tensor:
 
 
 def _typed(piece: Tensor, info: TensorInfo) -> Tensor:
-    dtype = _DTYPES[info.dtype]
+    dtype = DTYPES[info.dtype]
     if piece.storage_offset() % dtype.itemsize:  # a file of several types need not align them
         piece = piece.clone()
     return piece.view(dtype).view(info.shape)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adapters.base import Base, load_base
-from adapters.fold import checked_bundle
+from adapters.fold import Target, checked_bundle, fold_in_place, open_folding
 from adapters.model_folder import stored_weights
 from adapters.quantize import Quantization, Scheme
 from training.applied import applied, encoder_for
@@ -25,7 +25,7 @@ from training.cases import Answer, Case
 from training.certificate import Certificate, Distance, LayerError, Thresholds
 from training.encoding import RowEncoder
 from training.errors import CertificateError
-from training.merge import Target, fold_adapter, merge_base, target_of
+from training.merge import merge_base, target_of
 from training.products import is_autocast, products_in
 from training.reference_loss import AnswerTokens, answer_logits, answer_tokens
 from training.reference_model import ReferenceModel
@@ -169,7 +169,8 @@ def _compared(base: Base, adapter: Path, merged: Path, into: Target) -> _Weights
         BaseModelError: the folder lacks a weight, or has one of another shape.
     """
     before = {name: weight.clone() for name, weight in base.model.named_parameters()}
-    folded = fold_adapter(base, adapter, into)
+    folding = open_folding(base, adapter)
+    fold_in_place(base, folding, into)
     layers, unchanged, dtypes = [], 0.0, set()
     stored = stored_weights(merged)
     for name, expected in base.model.named_parameters():
@@ -183,7 +184,7 @@ def _compared(base: Base, adapter: Path, merged: Path, into: Target) -> _Weights
             layers.append(LayerError(name=name, of_weight=of_weight, of_delta=error / added))
         else:
             unchanged = max(unchanged, of_weight)
-    return _Weights(folded.digest, ", ".join(sorted(dtypes)), tuple(layers), unchanged)
+    return _Weights(folding.digest, ", ".join(sorted(dtypes)), tuple(layers), unchanged)
 
 
 def _row_distance(

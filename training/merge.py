@@ -3,31 +3,45 @@
 The adapter was trained against the NF4 base, so it is folded into exactly those weights, dequantised: in
 float32, rounded once. It may also be folded into the source's own weights, and their sum quantised as the
 base was: both lose what training corrected, and are labelled. (Quantised again, the base as the adapter knows
-it would lose the adapter: it lies on the grid, and most of an update is smaller than half a step.) The
-model is a private copy; a base being served is never touched. The arithmetic is in adapters/fold.py.
+it would lose the adapter: it lies on the grid, and most of an update is smaller than half a step.)
+
+Weights are read, quantised, summed and written some rows at a time (adapters/fold.py has the sum):
+neither base nor model is ever in memory. Where transformers makes a model's weights of several of the
+source's tensors, the whole base is. A base being served is never touched.
 """
 
 import json
+import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Final, Literal, cast, get_args
 
 import torch
+from torch import Tensor
 
 from adapters.base import Base
-from adapters.bundle import Bundle
 from adapters.cache import publish_folder
 from adapters.errors import BaseModelError
-from adapters.fold import base_to_fold_into, checked_bundle, fold_folder, oriented
-from adapters.model_folder import save_model
-from adapters.quantize import Quantization, Scheme, requantized
-from adapters.unserved import Folded
+from adapters.fold import (
+    Folding,
+    Target,
+    base_to_fold_into,
+    checked_bundle,
+    fold_in_place,
+    folded_blocks,
+    open_folding,
+)
+from adapters.model_folder import overflow, save_all_but_weights, save_model
+from adapters.quantize import Quantization, Scheme
+from adapters.skeleton import ScatteredError, Skeleton, skeleton_of
+from training.shards import stored_names, write_shards
 from training.versions import installed_versions
 
 MERGE_FILE = "merge.json"
+SHARD_BYTES: Final = 2_000_000_000
 
-Target = Literal["dequantized", "requantized", "original"]
-"""What the sum is of: the base as the adapter knows it; the source's own weights, quantised or not."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +73,7 @@ def merge_adapter(
     double_quantization: bool = True,
     into: Target = "dequantized",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    shard_bytes: int = SHARD_BYTES,
     cache_dir: Path | None = None,
     progress: bool = True,
 ) -> MergeReport:
@@ -71,6 +86,7 @@ def merge_adapter(
         quantization, double_quantization: of the base that the adapter was trained on.
         into: "dequantized" is the live adapter; "requantized", of 4-bit bases, and "original" are not.
         dtype: what the float32 sum is rounded to.
+        shard_bytes: what a file of weights holds at most.
 
     Raises:
         AdapterError, BaseModelError: the adapter or the base cannot be read, or do not fit each other.
@@ -78,28 +94,42 @@ def merge_adapter(
     """
     if out_dir.exists():
         raise FileExistsError(f"{out_dir} exists already; remove it or choose another --out")
-    base = merge_base(
-        base_source,
-        Scheme(quantization, double_quantization),
-        into,
-        cache_dir=cache_dir,
-        progress=progress,
-    )
-    folded = fold_adapter(base, adapter_dir, into)
-    report = MergeReport(
-        folder=out_dir,
-        base=base.name,
-        base_fingerprint=base.fingerprint,
-        adapter_digest=folded.digest,
-        into=into,
-        dtype=dtype,
-        modules=folded.modules,
-        delta_norm=folded.delta_norm,
-    )
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    scheme = Scheme(quantization, double_quantization)
+    _check(scheme, into)
+    try:
+        skeleton = skeleton_of(base_source, scheme, cache_dir=cache_dir, progress=progress)
+        base = skeleton.base
+    except ScatteredError as scattered:
+        log.warning("%s; the whole base is read into memory, in float32", scattered)
+        skeleton, base = None, merge_base(base_source, scheme, into, cache_dir=cache_dir, progress=progress)
+    folding = open_folding(base, adapter_dir)
     bundle = checked_bundle(adapter_dir, base)
-    publish_folder(out_dir, lambda staged: _save(staged, base, bundle, report))
-    return report
+    template = None if bundle is None else bundle.chat_template
+
+    def fill(staged: Path) -> None:
+        if skeleton is None:
+            fold_in_place(base, folding, into)
+            save_model(staged, base, base.model, dtype=dtype, chat_template=template, shard_bytes=shard_bytes)
+        else:
+            save_all_but_weights(staged, base, base.model, dtype=dtype, chat_template=template)
+            _write_weights(staged, skeleton, folding, into, shard_bytes, progress)
+        (staged / MERGE_FILE).write_text(json.dumps(_facts(report()), indent=2) + "\n")
+
+    def report() -> MergeReport:
+        return MergeReport(
+            folder=out_dir,
+            base=base.name,
+            base_fingerprint=base.fingerprint,
+            adapter_digest=folding.digest,
+            into=into,
+            dtype=dtype,
+            modules=folding.modules,
+            delta_norm=folding.delta_norm,
+        )
+
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    publish_folder(out_dir, fill)
+    return report()
 
 
 def merge_base(
@@ -110,10 +140,7 @@ def merge_base(
     Raises:
         BaseModelError: it cannot be read, or has no 4-bit weights that could be quantised again.
     """
-    if into == "requantized" and not scheme.is_4bit:
-        raise BaseModelError(
-            f"a base in {scheme.name} has no 4-bit weights to quantise again; merge into dequantized"
-        )
+    _check(scheme, into)
     return base_to_fold_into(
         source, scheme, as_source=into != "dequantized", cache_dir=cache_dir, progress=progress
     )
@@ -137,31 +164,36 @@ def target_of(merged: Path) -> Target:
     return cast(Target, into)
 
 
-def fold_adapter(base: Base, folder: Path, into: Target) -> Folded:
-    """Folds an adapter of any kind that can be into a `merge_base`'s float32 weights, in place.
-
-    Raises:
-        AdapterError: it is malformed, cannot be folded, or does not fit the base.
-    """
-    folded = fold_folder(base, folder)
-    if into == "requantized":
-        _quantize_again(base)
-    return folded
+def _check(scheme: Scheme, into: Target) -> None:
+    if into == "requantized" and not scheme.is_4bit:
+        raise BaseModelError(
+            f"a base in {scheme.name} has no 4-bit weights to quantise again; merge into dequantized"
+        )
 
 
-@torch.no_grad()
-def _quantize_again(base: Base) -> None:
-    """Every layer that is quantised in the base; the head is not."""
-    for name in base.layout.modules:
-        if name != base.layout.head:
-            layer = base.model.get_submodule(name)
-            layer.weight.copy_(oriented(requantized(oriented(layer.weight, layer), base.scheme), layer))
+def _write_weights(
+    folder: Path, skeleton: Skeleton, folding: Folding, into: Target, shard_bytes: int, progress: bool
+) -> None:
+    """One weight after another, in the type that the skeleton's model has by now."""
+    from tqdm import tqdm
 
+    model = skeleton.base.model
+    names = stored_names(model)
+    state = model.state_dict()
+    with tqdm(total=len(names), desc="merge", unit="weight", disable=not progress) as bar:
 
-def _save(folder: Path, base: Base, bundle: Bundle | None, report: MergeReport) -> None:
-    template = None if bundle is None else bundle.chat_template
-    save_model(folder, base, base.model, dtype=report.dtype, chat_template=template)
-    (folder / MERGE_FILE).write_text(json.dumps(_facts(report), indent=2) + "\n")
+        def blocks(stored: str) -> Iterator[Tensor]:
+            name = names[stored]
+            before = skeleton.blocks(name, dequantized=into == "dequantized")
+            for block in folded_blocks(skeleton.base, folding, into, name, before):
+                rounded = (block.T if skeleton.is_transposed(name) else block).to(state[name].dtype)
+                if not torch.isfinite(rounded).all():
+                    raise overflow(name, state[name].dtype)
+                yield rounded
+            bar.update()
+
+        tensors = {stored: state[name] for stored, name in names.items()}
+        write_shards(folder, tensors, blocks, shard_bytes=shard_bytes, parameters=model.num_parameters())
 
 
 def _facts(report: MergeReport) -> dict[str, object]:

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 
 from quickchange.commands.certify import add_quantization_options, add_rows_option
 from quickchange.commands.failure import CommandError, needs_extra
-from quickchange.commands.options import add_command, add_json_option, add_progress_option, progress_of
+from quickchange.commands.options import (
+    add_command,
+    add_json_option,
+    add_progress_option,
+    progress_of,
+    size_bytes,
+)
 from quickchange.commands.output import print_json
 
 if TYPE_CHECKING:
@@ -46,6 +52,13 @@ def add_parser(subparsers: "Subparsers") -> None:
         help="of the new model's weights (default: %(default)s)",
     )
     parser.add_argument(
+        "--shard-size",
+        type=size_bytes,
+        default="2GB",
+        metavar="SIZE",
+        help="what a file of weights holds at most (default: %(default)s)",
+    )
+    parser.add_argument(
         "--data",
         type=Path,
         metavar="FILE",
@@ -69,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
             double_quantization=args.double_quantization,
             into=args.into,
             dtype=args.dtype,
+            shard_bytes=args.shard_size,
             progress=progress_of(args),
         )
     except (AdapterError, BaseModelError) as error:

@@ -2,9 +2,10 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import grpc
 
@@ -21,6 +22,13 @@ from quickchange.tls import (
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_SIZE: Final = re.compile(r"(\d+) ?([KMG]i?B)?")
+_UNITS: Final = {None: 1} | {
+    f"{letter}{binary}B": base**power
+    for power, letter in enumerate("KMG", start=1)
+    for binary, base in (("", 1000), ("i", 1024))
+}
 
 
 def add_command(subparsers: "Subparsers", name: str, summary: str, examples: str) -> argparse.ArgumentParser:
@@ -156,6 +164,14 @@ def add_retries_option(parser: argparse.ArgumentParser) -> None:
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def size_bytes(text: str) -> int:
+    """An argument such as 2GB, 512MiB or a number of bytes."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 2GB or 512MiB")
+    return int(match[1]) * _UNITS[match[2]]
 
 
 def label(text: str) -> tuple[str, str]:

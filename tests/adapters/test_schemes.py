@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from adapters.base import Base, dequantized_base, load_base
 from adapters.errors import UnsupportedBaseError
 from adapters.quantize import Scheme, plain_weight, quantized_layers
-from tests.adapters.bases import distance, logits
+from adapters.skeleton import skeleton_of
+from tests.adapters.bases import distance, logits, save_model
 from tests.models import build_tiny_model
 
 SCHEMES = (
@@ -60,6 +61,27 @@ def test_a_quantised_base_is_near_its_source_and_exactly_what_its_codes_stand_fo
     for name, layer in quantized_layers(base.model).items():
         lost = distance(plain_weight(layer), source.get_submodule(name).weight)
         assert 0.001 < lost < (0.02 if scheme.quantization == "int8" else 0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+def test_a_weight_read_by_rows_has_the_bits_of_a_loaded_base(
+    scheme: Scheme, dtype: torch.dtype, tmp_path: Path, load: Any, base_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """64 rows at a time, also of layers whose rows end within a quantisation block: 192, 96 and 200 wide."""
+    sizes = {"hidden_size": 192, "intermediate_size": 200, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32}
+    folder = save_model(tmp_path / "base", "llama", dtype=dtype, **sizes, **heads)
+    base = load_scheme(load, folder, scheme, purpose="train")
+    monkeypatch.setattr("adapters.tensor_rows.BLOCK_WEIGHTS", 1)
+    skeleton = skeleton_of(str(folder), scheme, cache_dir=base_cache, progress=False)
+    layers = quantized_layers(base.model)
+    assert skeleton.coded == set(layers)
+    blocks = {name: list(skeleton.blocks(f"{name}.weight", dequantized=True)) for name in layers}
+    assert max(map(len, blocks.values())) == 4
+    for name, layer in layers.items():
+        assert torch.equal(torch.cat(blocks[name]), plain_weight(layer))
 
 
 def test_int8_weights_read_the_same_before_and_after_a_product(folder: Path, load: Any) -> None:

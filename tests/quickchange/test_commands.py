@@ -273,7 +273,10 @@ def test_merge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
             raise UnsupportedBaseError("odd cannot be quantised")
         if out == tmp_path:
             raise FileExistsError(f"{out} exists already")
+        shard_sizes.append(options["shard_bytes"])
         return training.merge.MergeReport(out, base, "f", "d", options["into"], options["dtype"], 7, 1.25)
+
+    shard_sizes: list[int] = []
 
     monkeypatch.setattr(training.merge, "merge_adapter", merged)
     argv = ("merge", "--adapter", "a", "--dtype", "float32")
@@ -282,3 +285,9 @@ def test_merge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
     assert main((*argv, "--base", "odd", "--out", "o")) == 1
     assert main((*argv, "--base", "b", "--out", str(tmp_path))) == 1
     assert capsys.readouterr().err == f"error: odd cannot be quantised\nerror: {tmp_path} exists already\n"
+    for size in ("16MB", "1GiB", "4096"):
+        assert main((*argv, "--base", "b", "--out", "o", "--shard-size", size)) == 0
+    assert shard_sizes == [2_000_000_000, 16_000_000, 2**30, 4096]
+    with pytest.raises(SystemExit):
+        main((*argv, "--base", "b", "--out", "o", "--shard-size", "0GB"))
+    assert "'0GB' is no size such as 2GB or 512MiB" in capsys.readouterr().err
