@@ -1,12 +1,17 @@
 """`quickchange export`: an adapter or a model in the form that others load."""
 
 import argparse
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quickchange.commands.failure import MISUSED, CommandError, needs_extra
-from quickchange.commands.options import add_command, add_json_option, add_progress_option, progress_of
+from quickchange.commands.options import (
+    add_command,
+    add_json_option,
+    add_progress_option,
+    progress_of,
+    size_bytes,
+)
 from quickchange.commands.output import print_json, size
 
 if TYPE_CHECKING:
@@ -39,15 +44,6 @@ _ONLY = {
     "with_manifest": ("peft",),
     "license": ("peft", "hf"),
 }
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+) ?([A-Za-z]*)", text)
-    unit = None if match is None else _UNITS.get(match[2].upper())
-    if match is None or unit is None or int(match[1]) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 5GB or 500MiB")
-    return int(match[1]) * unit
 
 
 def add_parser(subparsers: "Subparsers") -> None:
@@ -72,7 +68,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         help="gguf: nf4 for the weights that a base in NF4 stands for, on which adapters are trained (none)",
     )
     parser.add_argument(
-        "--shard-size", type=_bytes, metavar="SIZE", help="hf: of weights in one file at most (5GB)"
+        "--shard-size", type=size_bytes, metavar="SIZE", help="hf: of weights in one file at most (5GB)"
     )
     parser.add_argument(
         "--for", choices=("peft", "vllm"), dest="reader", help="peft: who is to load the adapter (peft)"

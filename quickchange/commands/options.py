@@ -23,12 +23,7 @@ from quickchange.tls import (
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_SIZE: Final = re.compile(r"(\d+) ?([KMG]i?B)?")
-_UNITS: Final = {None: 1} | {
-    f"{letter}{binary}B": base**power
-    for power, letter in enumerate("KMG", start=1)
-    for binary, base in (("", 1000), ("i", 1024))
-}
+_UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def add_command(subparsers: "Subparsers", name: str, summary: str, examples: str) -> argparse.ArgumentParser:
@@ -168,10 +163,11 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 def size_bytes(text: str) -> int:
     """An argument such as 2GB, 512MiB or a number of bytes."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 2GB or 512MiB")
-    return int(match[1]) * _UNITS[match[2]]
+    match = re.fullmatch(r"(\d+) ?([A-Za-z]*)", text)
+    unit = None if match is None else _UNITS.get(match[2].upper())
+    if match is None or unit is None or int(match[1]) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 5GB or 500MiB")
+    return int(match[1]) * unit
 
 
 def label(text: str) -> tuple[str, str]:

@@ -290,4 +290,4 @@ def test_merge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
     assert shard_sizes == [2_000_000_000, 16_000_000, 2**30, 4096]
     with pytest.raises(SystemExit):
         main((*argv, "--base", "b", "--out", "o", "--shard-size", "0GB"))
-    assert "'0GB' is no size such as 2GB or 512MiB" in capsys.readouterr().err
+    assert "'0GB' is no size such as 5GB or 500MiB" in capsys.readouterr().err
