@@ -146,7 +146,7 @@ def test_every_target_and_scheme(
     merge: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     folder = build_tiny_model(tmp_path / "base", architecture)
-    taken = {"quantization": "none"} if into == "original" else options
+    taken = options if into == "dequantized" else {"quantization": "none"}  # else the source's own weights
     plain = dequantized_base(str(folder), cache_dir=base_cache, progress=False, **taken).model
     targets = ["c_attn", "c_proj"] if architecture == "gpt2" else ["q_proj", "down_proj"]
     adapter = make_adapter(plain, tmp_path / "adapter", target_modules=targets)
