@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from quickchange.commands.failure import MISUSED, CommandError, needs_extra
 from quickchange.commands.options import add_command
-from server.config import FLAG_NAMES, Setting, SettingsError, all_settings, settings_from
+from server.setting_sources import FLAG_NAMES, Setting, SettingsError, all_settings, settings_from
 
 if TYPE_CHECKING:
     from quickchange.commands.options import Subparsers

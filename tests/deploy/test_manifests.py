@@ -11,7 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from server.config import GrpcSettings, MetricsSettings, settings_from
+from server.config import GrpcSettings, MetricsSettings
+from server.setting_sources import settings_from
 from tests.server.promised import LORA_INFO, PROMISED
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from quickchange.cli import main
 from quickchange.errors import from_rpc
 from server.access import RULES
 from server.app import serve
-from server.config import settings_from
+from server.setting_sources import settings_from
 from server.tokens import Scope
 from tests.e2e.conftest import SMALL
 from tests.e2e.process import ServerProcess, eventually, running

@@ -155,7 +155,7 @@ def test_an_audit_log_that_cannot_be_written_is_named_at_the_start(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from server.app import serve
-    from server.config import settings_from
+    from server.setting_sources import settings_from
 
     path = tmp_path / "nowhere" / "audit.jsonl"
     flags = {

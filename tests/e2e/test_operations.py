@@ -8,7 +8,7 @@ import yaml
 
 from quickchange import Client
 from quickchange.cli import main
-from server.config import FLAG_NAMES, all_settings
+from server.setting_sources import FLAG_NAMES, all_settings
 from tests.e2e.process import ServerProcess
 from tests.server.promised import PROMISED
 

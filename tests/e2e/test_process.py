@@ -26,7 +26,7 @@ from quickchange import (
     UnavailableError,
 )
 from server.app import serve
-from server.config import settings_from
+from server.setting_sources import settings_from
 from tests.e2e.conftest import SMALL
 from tests.e2e.process import ServerProcess, eventually, running
 

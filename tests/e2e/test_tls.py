@@ -26,8 +26,8 @@ from quickchange.connection import Endpoint
 from quickchange.local_server import LocalServer
 from server.access_settings import TlsSettings
 from server.app import serve
-from server.config import settings_from
 from server.services.tls import ServerCertificates
+from server.setting_sources import settings_from
 from tests.e2e.certificates import Authority, Pair
 from tests.e2e.conftest import SMALL
 from tests.e2e.process import ServerProcess, environment, eventually, running

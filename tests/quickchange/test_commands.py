@@ -18,7 +18,8 @@ from adapters.errors import UnsupportedBaseError
 from quickchange.cli import main
 from quickchange.commands import train
 from quickchange.commands.failure import CommandError, needs_extra
-from server.config import ServerSettings, all_settings
+from server.config import ServerSettings
+from server.setting_sources import all_settings
 from tests.models import build_tiny_model
 from training.curve import LossPoint
 from training.errors import DivergedError

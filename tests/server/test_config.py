@@ -5,16 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from server.config import (
-    GIB,
-    MIB,
-    BaseSettings,
-    EngineSettings,
-    ServerSettings,
-    SettingsError,
-    all_settings,
-    settings_from,
-)
+from server.config import GIB, MIB, BaseSettings, EngineSettings, ServerSettings
+from server.setting_sources import SettingsError, all_settings, settings_from
 
 
 def test_defaults_need_nothing_but_a_base() -> None:

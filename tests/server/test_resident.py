@@ -25,9 +25,10 @@ from adapters.replica import ReplicaStore
 from adapters.store import AdapterStore
 from adapters.validate import validate_adapter
 from kernels.linear import unpacked_weight
-from server.config import MIB, BaseSettings, ServerSettings, SettingsError, settings_from
+from server.config import MIB, BaseSettings, ServerSettings
 from server.memory import OutOfMemoryAtStartError
 from server.resident import load_bare, load_merged
+from server.setting_sources import SettingsError, settings_from
 from tests.adapters.builders import make_adapter
 from tests.adapters.published import spoil
 from tests.models import build_tiny_model
