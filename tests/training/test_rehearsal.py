@@ -67,7 +67,7 @@ def test_a_last_step_that_changes_little_leaves_two_passes_after_it(
             hook.remove()
 
     monkeypatch.setattr(training.outcome, "record_canary", counted)
-    train(recipe_for(tmp_path, "out", schedule="cosine", max_steps=12), base, progress=False)
+    train(recipe_for(tmp_path, "out", schedule="cosine", max_steps=24), base, progress=False)
     assert len(passes) == 2
 
 
