@@ -238,8 +238,8 @@ class ServerSettings:
     grpc: GrpcSettings = GrpcSettings()
     metrics: MetricsSettings = MetricsSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
-    tls: TlsSettings = TlsSettings()  # noqa: RUF009 - frozen
-    access: AccessSettings = AccessSettings()  # noqa: RUF009 - frozen
+    tls: TlsSettings = TlsSettings()  # noqa: RUF009 - frozen: sharing it is safe
+    access: AccessSettings = AccessSettings()  # noqa: RUF009 - frozen: sharing it is safe
 
 
 SECTIONS: Mapping[str, type[Section]] = {
