@@ -46,8 +46,8 @@ USER 10001:10001
 WORKDIR /data
 VOLUME /data
 EXPOSE 50051 9464
-# The first start fetches and quantises a base, which may take minutes.
+# The first start fetches and quantises a base, which may take minutes. With TLS: docs/guides/security.md, "Probes".
 HEALTHCHECK --interval=15s --timeout=10s --start-period=10m --retries=3 \
-    CMD ["quickchange", "health", "--server", "127.0.0.1:50051", "--timeout", "5"]
+    CMD ["quickchange", "health", "--timeout", "5"]
 ENTRYPOINT ["quickchange", "serve", "--store", "/data/store", "--host", "0.0.0.0", "--metrics-host", "0.0.0.0"]
 CMD ["--base", "smollm2", "--insecure-open", "on"]

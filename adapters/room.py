@@ -8,9 +8,9 @@ import math
 from pathlib import Path
 from typing import Final
 
-import psutil
 import torch
 
+from adapters import host_memory
 from adapters.errors import BaseTooLargeError
 from adapters.fingerprint import stored_tensors, weight_files
 from adapters.quantize import Quantization
@@ -21,10 +21,10 @@ _LEAST_BITS: Final = {"nf4": 4, "fp4": 4, "int8": 8, "none": 16}
 
 
 def memory_free_on(device: torch.device) -> int:
-    """Bytes that a device has left now; the host, for a CPU, what it can give without swapping."""
+    """Bytes that a device has left now; for a CPU what the host can give without swapping."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return host_memory.now().available_bytes
 
 
 def check_fits(folder: Path, quantization: Quantization, device: torch.device) -> None:

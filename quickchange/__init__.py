@@ -25,13 +25,20 @@ from quickchange.errors import (
     UnimplementedError,
 )
 from quickchange.requests import GenerateOptions, Prompt
+from quickchange.server_facts import (
+    Capacity,
+    Limits,
+    MergedAdapter,
+    ServerInfo,
+    StepStatistics,
+    UploadLimits,
+)
 from quickchange.tls import PlainText, tls_credentials
 from quickchange.types import (
     Adapter,
     AdapterEvent,
     AdapterMethod,
     AdapterState,
-    Capacity,
     CheckOutcome,
     CollectedQuarantine,
     CollectedVersion,
@@ -40,21 +47,16 @@ from quickchange.types import (
     Delta,
     Finished,
     FinishReason,
-    Limits,
-    MergedAdapter,
     Model,
     ModuleUpdate,
     PullResult,
     Residency,
     ResolvedAdapter,
-    ServerInfo,
     Started,
-    StepStatistics,
     StreamEvent,
     Timings,
     Tokenization,
     TokenLogprob,
-    UploadLimits,
     UploadResult,
     Usage,
     ValidationCheck,

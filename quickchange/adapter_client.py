@@ -100,14 +100,17 @@ class AdapterClient:
         """Downloads an adapter; the folder appears whole and checked, or not at all.
 
         A connection that breaks does not end it: it goes on from what has arrived, as long as the server
-        comes back within the client's retry window.
+        comes back within the client's retry window. What has arrived when that, or this process, ends is
+        kept in a hidden folder beside `directory`; the next pull of the same adapter into it goes on from it.
 
         Raises:
-            AdapterDirectoryError: the folder is there already and not empty.
-            DataLossError: what arrived is not what was promised.
+            AdapterDirectoryError: the folder is there and not empty, or another process pulls into it.
+            DataLossError: what arrived is not what was promised; nothing is kept.
         """
         attempts = self._calls.endpoint.attempts(repeatable=True, timeout_s=timeout_s)
         with Download(Path(directory)) as download, reporting(progress, f"pull {reference}") as report:
+            if download.has_kept:
+                download.go_on_with(self.get(reference))
             while True:
                 request = download.request(reference)
                 responses = self._calls.server_stream(self._stub.DownloadAdapter, request, attempts)

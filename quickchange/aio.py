@@ -12,8 +12,9 @@ from quickchange.aio_adapters import AsyncAdapterClient
 from quickchange.aio_calls import AsyncCalls, AsyncResponseStream
 from quickchange.connection import Endpoint
 from quickchange.requests import GenerateOptions, Prompt
+from quickchange.server_facts import ServerInfo
 from quickchange.tls import Credentials
-from quickchange.types import Completion, Delta, Model, ServerInfo, StreamEvent, Tokenization
+from quickchange.types import Completion, Delta, Model, StreamEvent, Tokenization
 from quickchange.v1 import inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
 
 
@@ -26,6 +27,8 @@ class AsyncClient:
         credentials: for TLS, from `quickchange.tls_credentials`; without it what $QUICKCHANGE_TLS,
             $QUICKCHANGE_SERVER_CA, $QUICKCHANGE_CLIENT_CERT and $QUICKCHANGE_CLIENT_KEY ask for, else
             plain text; `quickchange.PlainText()` is plain text whatever these say.
+        server_name: whose certificate is to be shown, where that is not the host of the target: through a
+            tunnel, or from the same machine; without it $QUICKCHANGE_SERVER_NAME, else the target's host.
         timeout_s: of each call, its retries included; None waits for ever.
         retry_window_s: how long calls that are safe to repeat are repeated while nobody answers.
 
@@ -39,10 +42,13 @@ class AsyncClient:
         *,
         token: str | None = None,
         credentials: Credentials = None,
+        server_name: str | None = None,
         timeout_s: float | None = 600.0,
         retry_window_s: float = 5.0,
     ) -> None:
-        self._endpoint = Endpoint.resolve(target, token, credentials, timeout_s, retry_window_s)
+        self._endpoint = Endpoint.resolve(
+            target, token, credentials, timeout_s, retry_window_s, server_name=server_name
+        )
         self._calls = AsyncCalls(self._endpoint)
         self.adapters = AsyncAdapterClient(self._calls)
 

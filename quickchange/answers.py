@@ -8,7 +8,7 @@ from types import MappingProxyType
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from quickchange import types
+from quickchange import server_facts, types
 from quickchange.enums import named
 from quickchange.errors import CancelledError, InternalError
 from quickchange.reports import validation_report
@@ -167,29 +167,33 @@ def collection(response: adapters_pb2.CollectGarbageResponse) -> types.Collectio
     )
 
 
-def _merged(message: server_pb2.MergedAdapter) -> types.MergedAdapter:
-    return types.MergedAdapter(_resolved(message.adapter), message.into, message.bare_base_fingerprint)
+def _merged(message: server_pb2.MergedAdapter) -> server_facts.MergedAdapter:
+    return server_facts.MergedAdapter(_resolved(message.adapter), message.into, message.bare_base_fingerprint)
 
 
-def server_info(response: server_pb2.GetServerInfoResponse) -> types.ServerInfo:
+def server_info(response: server_pb2.GetServerInfoResponse) -> server_facts.ServerInfo:
     limits, capacity, steps = response.limits, response.capacity, response.steps
-    return types.ServerInfo(
+    return server_facts.ServerInfo(
         version=response.version,
         base_model=response.base_model,
         base_fingerprint=response.base_fingerprint,
         quantization=response.quantization,
         device=response.device,
         dtype=response.dtype,
-        limits=types.Limits(
+        limits=server_facts.Limits(
             max_context_tokens=limits.max_context_tokens,
             max_running_requests=limits.max_running_requests,
             max_waiting_requests=limits.max_waiting_requests,
             max_batch_tokens=limits.max_batch_tokens,
             max_upload_bytes=limits.max_upload_bytes,
             max_adapter_rank=limits.max_adapter_rank,
+            max_waiting_tokens=_set_or_none(limits, "max_waiting_tokens"),
+            max_prompt_tokens=_set_or_none(limits, "max_prompt_tokens"),
+            max_new_tokens=_set_or_none(limits, "max_new_tokens"),
+            max_answers=limits.max_answers,
             uploads=_upload_limits(limits.uploads),
         ),
-        capacity=types.Capacity(
+        capacity=server_facts.Capacity(
             kv_tokens_total=capacity.kv_tokens_total,
             kv_tokens_free=capacity.kv_tokens_free,
             adapter_device_bytes_total=capacity.adapter_device_bytes_total,
@@ -199,7 +203,7 @@ def server_info(response: server_pb2.GetServerInfoResponse) -> types.ServerInfo:
             requests_running=capacity.requests_running,
             requests_waiting=capacity.requests_waiting,
         ),
-        steps=types.StepStatistics(
+        steps=server_facts.StepStatistics(
             steps=steps.steps,
             mixed_steps=steps.mixed_steps,
             max_adapters_in_step=steps.max_adapters_in_step,
@@ -209,8 +213,8 @@ def server_info(response: server_pb2.GetServerInfoResponse) -> types.ServerInfo:
     )
 
 
-def _upload_limits(message: server_pb2.UploadLimits) -> types.UploadLimits:
-    return types.UploadLimits(
+def _upload_limits(message: server_pb2.UploadLimits) -> server_facts.UploadLimits:
+    return server_facts.UploadLimits(
         max_chunk_bytes=message.max_chunk_bytes,
         max_concurrent=message.max_concurrent,
         idle_timeout_s=_seconds(message.idle_timeout),
@@ -218,14 +222,14 @@ def _upload_limits(message: server_pb2.UploadLimits) -> types.UploadLimits:
         resume_ttl_s=_seconds(message.resume_ttl),
         max_store_bytes=_set_or_none(message, "max_store_bytes"),
         max_bytes_per_name=_set_or_none(message, "max_bytes_per_name"),
-        max_versions_per_name=message.max_versions_per_name
-        if message.HasField("max_versions_per_name")
-        else None,
+        max_versions_per_name=_set_or_none(message, "max_versions_per_name"),
     )
 
 
-def _set_or_none(message: server_pb2.UploadLimits, field: str) -> int | None:
-    return getattr(message, field) if any(set_.name == field for set_, _ in message.ListFields()) else None
+def _set_or_none(message: server_pb2.Limits | server_pb2.UploadLimits, field: str) -> int | None:
+    """The value of a field that is optional in the schema."""
+    value: int = getattr(message, field)
+    return value if any(each.name == field for each, _ in message.ListFields()) else None
 
 
 def _started(message: inference_pb2.Started) -> types.Started:

@@ -1,8 +1,9 @@
 """Files of certificates and keys: whether they can be used, in words. Knows neither client nor server."""
 
 import ssl
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 _MISMATCHES: Final = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH")
 _MAX_ROUNDS: Final = 8  # of a handshake in memory; TLS 1.3 takes three
@@ -10,6 +11,19 @@ _MAX_ROUNDS: Final = 8  # of a handshake in memory; TLS 1.3 takes three
 
 class CertificateError(ValueError):
     """A file is missing, not what it should be, or does not belong to the other; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a client that knows who signed it thinks of a server's certificate.
+
+    Attributes:
+        complaint: why it refuses it: its dates, its purpose; None if it does not.
+        expires_s: until when it takes it, Unix time; 0 if it refuses it now.
+    """
+
+    complaint: str | None
+    expires_s: float
 
 
 class _EncryptedError(Exception):
@@ -68,29 +82,26 @@ def check_pair(certificate: Path, key: Path) -> ssl.SSLContext:
     return context
 
 
-def complaint_about(certificate: Path, server: ssl.SSLContext) -> str | None:
-    """Why clients would refuse a server's certificate whoever signed it: its dates, its purpose. None if not.
-
-    A client in memory that trusts this very certificate is served by the context of `check_pair`.
-    """
+def standing_of(certificate: Path, server: ssl.SSLContext) -> Standing:
+    """A client in memory that trusts this very certificate is served by the context of `check_pair`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     context.load_verify_locations(cafile=certificate)
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
-    sides = (
-        context.wrap_bio(to_client, to_server),
-        server.wrap_bio(to_server, to_client, server_side=True),
-    )
+    client = context.wrap_bio(to_client, to_server)
+    serving = server.wrap_bio(to_server, to_client, server_side=True)
     for _ in range(_MAX_ROUNDS):
-        for side in sides:
+        for side in (client, serving):
             try:
                 side.do_handshake()
             except ssl.SSLWantReadError:
                 continue
             except ssl.SSLCertVerificationError as error:
-                return error.verify_message
-    return None
+                return Standing(error.verify_message, 0.0)
+    names = client.getpeercert()
+    assert names is not None, "the handshake ended"
+    return Standing(None, ssl.cert_time_to_seconds(cast(str, names["notAfter"])))
 
 
 def _no_password() -> str:

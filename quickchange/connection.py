@@ -22,7 +22,7 @@ from quickchange.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from quickchange.tls import Credentials, resolved
+from quickchange.tls import NAME_VARIABLE, Credentials, resolved
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class Endpoint:
         target: HOST:PORT, or any gRPC target such as "unix:/run/quickchange.sock".
         token: sent as a bearer token; None sends none.
         credentials: for TLS; None speaks plain text.
+        server_name: that the server's certificate has to be for; None is the target's host.
         timeout_s: of a whole call, its retries included; None waits for ever.
         retry_window_s: how long a call that may safely be repeated is repeated while nobody answers.
         keepalive_s: after so much silence a peer is asked whether it is there. One that vanished without a
@@ -70,6 +71,7 @@ class Endpoint:
     credentials: grpc.ChannelCredentials | None
     timeout_s: float | None
     retry_window_s: float
+    server_name: str | None = None
     keepalive_s: float = _KEEPALIVE_S
     pong_s: float = _PONG_S
 
@@ -81,6 +83,8 @@ class Endpoint:
         credentials: Credentials,
         timeout_s: float | None,
         retry_window_s: float,
+        *,
+        server_name: str | None = None,
         environ: Mapping[str, str] = os.environ,
     ) -> "Endpoint":
         """What was given, else the environment, else the default.
@@ -94,6 +98,7 @@ class Endpoint:
             credentials=resolved(credentials, environ),
             timeout_s=timeout_s,
             retry_window_s=retry_window_s,
+            server_name=server_name or environ.get(NAME_VARIABLE) or None,
         )
         if endpoint.token and endpoint.credentials is None and not is_local(endpoint.target):
             log.warning(
@@ -108,12 +113,12 @@ class Endpoint:
     def channel(self) -> grpc.Channel:
         if self.credentials is None:
             return grpc.insecure_channel(self.target, options=self._options)
-        return grpc.secure_channel(self.target, self.credentials, options=self._options)
+        return grpc.secure_channel(self.target, self.credentials, options=self._secure_options)
 
     def aio_channel(self) -> grpc.aio.Channel:
         if self.credentials is None:
             return grpc.aio.insecure_channel(self.target, options=self._options)
-        return grpc.aio.secure_channel(self.target, self.credentials, options=self._options)
+        return grpc.aio.secure_channel(self.target, self.credentials, options=self._secure_options)
 
     @property
     def _options(self) -> tuple[tuple[str, int | str], ...]:
@@ -121,6 +126,16 @@ class Endpoint:
             *_OPTIONS,
             ("grpc.keepalive_time_ms", round(self.keepalive_s * 1000)),
             ("grpc.keepalive_timeout_ms", round(self.pong_s * 1000)),
+        )
+
+    @property
+    def _secure_options(self) -> tuple[tuple[str, int | str], ...]:
+        if self.server_name is None:
+            return self._options
+        return (
+            *self._options,
+            ("grpc.ssl_target_name_override", self.server_name),
+            ("grpc.default_authority", self.server_name),
         )
 
     def attempts(self, *, repeatable: bool, timeout_s: float | None = None, retries: int = 0) -> "Attempts":

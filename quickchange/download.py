@@ -3,50 +3,45 @@
 Knows nothing of channels.
 """
 
-import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
-
-import google_crc32c
 
 from quickchange import answers
 from quickchange.connection import Attempts
-from quickchange.errors import AdapterDirectoryError, DataLossError, QuickchangeError, UnavailableError
+from quickchange.errors import (
+    AdapterDirectoryError,
+    DataLossError,
+    NotFoundError,
+    QuickchangeError,
+    UnavailableError,
+)
+from quickchange.partial import IncomingFile, PartialFolder, broken, require_allowed
 from quickchange.types import Adapter, PullResult
-from quickchange.upload import ALLOWED_FILES
 from quickchange.v1 import adapters_pb2
 
 
 class Download:
-    """Collects a download in a temporary folder beside its destination; `commit` moves it there in one step.
+    """Collects a download in a hidden folder beside its destination; `commit` moves it there in one step.
 
-    Use as a context manager: leaving it without `commit` removes everything.
+    Use as a context manager. Left without `commit`, what has arrived stays for a later download into the same
+    destination, unless it is wrong or its adapter is gone.
 
     Raises:
-        AdapterDirectoryError: the destination is there already and is not an empty folder.
+        AdapterDirectoryError: the destination is there already and is not an empty folder, or another
+            process downloads into it.
     """
 
     def __init__(self, directory: Path) -> None:
-        if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-            raise AdapterDirectoryError(
-                f"{directory} is there already and not an empty folder; choose another one, or remove it",
-                reason="FOLDER_EXISTS",
-            )
-        self._directory = directory
-        self._staging: Path | None = None
+        self._directory = _free(directory)
+        self._partial = PartialFolder(self._directory)
+        self._kept = self._partial.header()
         self._adapter: Adapter | None = None
-        self._files: list[_IncomingFile] = []
+        self._files: list[IncomingFile] = []
         self._expects_header = False
         self._had_bytes = 0
+        self._resumed_bytes = 0
 
     def __enter__(self) -> "Download":
-        self._directory.parent.mkdir(parents=True, exist_ok=True)
-        self._staging = Path(tempfile.mkdtemp(prefix=f".{self._directory.name}.", dir=self._directory.parent))
         return self
 
     def __exit__(
@@ -54,8 +49,16 @@ class Download:
     ) -> None:
         for file in self._files:
             file.close()
-        if self._staging is not None:
-            shutil.rmtree(self._staging, ignore_errors=True)
+        # Of an earlier process's files that nobody looked at yet, nothing is known to be wrong.
+        useless = isinstance(error, DataLossError | NotFoundError)
+        if useless or (self._kept is None and self.received_bytes == 0):
+            self._partial.discard()
+        self._partial.close()
+
+    @property
+    def has_kept(self) -> bool:
+        """An earlier download into the same destination left something."""
+        return self._kept is not None
 
     @property
     def size_bytes(self) -> int:
@@ -65,6 +68,18 @@ class Download:
     @property
     def received_bytes(self) -> int:
         return sum(file.received_bytes for file in self._files)
+
+    def go_on_with(self, adapter: Adapter) -> None:
+        """Takes up what an earlier download left, if it is of this adapter; reads all of it."""
+        kept, self._kept = self._kept, None
+        if kept is None or kept.adapter.digest != adapter.digest:
+            return
+        try:
+            self._files = list(self._partial.files(kept))
+        except DataLossError:
+            return  # longer than promised: it will be begun anew
+        self._adapter = adapter
+        self._resumed_bytes = self.received_bytes
 
     def request(self, reference: str) -> adapters_pb2.DownloadAdapterRequest:
         """What to ask for: all of `reference`, or once its header was there, what is missing of it."""
@@ -91,6 +106,7 @@ class Download:
 
         Raises:
             DataLossError: it does not continue what came before, or its checksum is wrong.
+            AdapterDirectoryError: another process began to download into the same destination.
         """
         match response.WhichOneof("message"):
             case "header":
@@ -104,92 +120,45 @@ class Download:
         Raises:
             DataLossError: a file is incomplete or is not what the header promised.
         """
-        if self._adapter is None or self._staging is None:
-            raise _broken("ended before its header")
+        if self._adapter is None:
+            raise broken("ended before its header")
         for file in self._files:
             file.finish()
-        self._staging.chmod(0o755)  # mkdtemp's 0o700 is for the time in between
-        os.replace(self._staging, self._directory)
-        _sync(self._directory.parent)
-        return PullResult(self._adapter, self._directory, self.size_bytes)
+        self._partial.become()
+        return PullResult(self._adapter, self._directory, self.size_bytes, self._resumed_bytes)
 
     def _open(self, header: adapters_pb2.DownloadHeader) -> None:
-        if not self._expects_header or self._staging is None:
-            raise _broken("has a second header")
+        if not self._expects_header:
+            raise broken("has a second header")
         self._expects_header = False
         if self._adapter is not None:
             self._check_same(header)
             return
-        _require_allowed([file.name for file in header.files])
+        require_allowed(header)
         self._adapter = answers.adapter(header.adapter)
-        self._files = [_IncomingFile(self._staging / file.name, file) for file in header.files]
+        self._files = list(self._partial.begin(header))
 
     def _check_same(self, header: adapters_pb2.DownloadHeader) -> None:
         promised = [(file.name, file.size_bytes, file.sha256) for file in header.files]
         if promised != [file.promised for file in self._files]:
-            raise _broken("went on with another adapter")
+            raise broken("went on with another adapter")
 
     def _write(self, chunk: adapters_pb2.UploadChunk) -> None:
         if chunk.file_index >= len(self._files):
-            raise _broken(f"has a chunk of file {chunk.file_index}, which its header does not list")
+            raise broken(f"has a chunk of file {chunk.file_index}, which its header does not list")
         self._files[chunk.file_index].write(chunk)
 
 
-class _IncomingFile:
-    """One file while it arrives."""
-
-    def __init__(self, path: Path, promised: adapters_pb2.UploadFile) -> None:
-        self._name = promised.name
-        self._sha256 = hashlib.sha256()
-        self._promised_sha256 = promised.sha256
-        self.promised = (promised.name, promised.size_bytes, promised.sha256)
-        self.size_bytes = promised.size_bytes
-        self.received_bytes = 0
-        self._file: BinaryIO = path.open("xb")
-
-    def write(self, chunk: adapters_pb2.UploadChunk) -> None:
-        if chunk.write_offset != self.received_bytes:
-            raise _broken(
-                f"goes on at byte {chunk.write_offset} of {self._name}, {self.received_bytes} was expected"
-            )
-        if google_crc32c.value(chunk.data) != chunk.crc32c:
-            raise _broken(f"has a wrong checksum in the chunk at byte {chunk.write_offset} of {self._name}")
-        if self.received_bytes + len(chunk.data) > self.size_bytes:
-            raise _broken(f"has more than the promised {self.size_bytes} bytes of {self._name}")
-        self._file.write(chunk.data)
-        self._sha256.update(chunk.data)
-        self.received_bytes += len(chunk.data)
-
-    def finish(self) -> None:
-        """Makes the file durable, if it is the promised one."""
-        if self.received_bytes != self.size_bytes:
-            raise _broken(f"has {self.received_bytes} of {self.size_bytes} bytes of {self._name}")
-        if self._sha256.hexdigest() != self._promised_sha256:
-            raise _broken(f"has a {self._name} whose SHA-256 is not the promised one")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.close()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _require_allowed(names: Sequence[str]) -> None:
-    """A name from the wire becomes a path, so only the known ones may pass."""
-    for name in names:
-        if name not in ALLOWED_FILES:
-            raise _broken(f"has a file named {name!r}; an adapter has {', '.join(ALLOWED_FILES)}")
-    if len(set(names)) != len(names):
-        raise _broken("lists a file twice")
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _broken(what: str) -> DataLossError:
-    return DataLossError(f"the download {what}; nothing was kept, pull it again", reason="CHECKSUM_MISMATCH")
+def _free(directory: Path) -> Path:
+    """The folder, which is not there, or is empty and can be replaced by another of its name."""
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise AdapterDirectoryError(
+            f"{directory} is there already and not an empty folder; choose another one, or remove it",
+            reason="FOLDER_EXISTS",
+        )
+    if directory.resolve() == Path.cwd():
+        raise AdapterDirectoryError(
+            f"{directory} is the current folder, which cannot be replaced; name another one, as ./adapter",
+            reason="FOLDER_EXISTS",
+        )
+    return directory

@@ -50,7 +50,8 @@ _NO_HANDSHAKE = {  # what gRPC writes then: what it means; the first that is the
     "WRONG_VERSION_NUMBER": "the server speaks plain text; ask it without TLS",
     "CERTIFICATE_VERIFY_FAILED": "this client does not trust the server's certificate; name who "
     "signed it with --tls-ca (QUICKCHANGE_SERVER_CA), or renew it if it has expired",
-    "Hostname Verification": "the server's certificate is for another name; ask it by one that is in it",
+    "Hostname Verification": "the server's certificate is for another name; ask it by one that is in it, "
+    "or say which with --tls-name (QUICKCHANGE_SERVER_NAME)",
     "handshake failed": "what both sides accept does not meet",
 }
 _DEADLINE_HERE = "Deadline Exceeded"  # what gRPC itself writes when the server said nothing

@@ -49,7 +49,7 @@ class UploadPlan:
         Raises:
             AdapterDirectoryError: the folder, or a file that an adapter must have, is not there.
         """
-        _require_adapter(directory)
+        require_adapter(directory)
         chosen = (directory / name for name in ALLOWED_FILES)
         return cls(tuple(PlannedFile.of(path) for path in chosen if path.is_file()))
 
@@ -119,7 +119,11 @@ def _chunks(index: int, planned: PlannedFile, offset: int) -> Iterator[adapters_
         )
 
 
-def _require_adapter(directory: Path) -> None:
+def require_adapter(directory: Path) -> None:
+    """
+    Raises:
+        AdapterDirectoryError: the folder, or a file that an adapter must have, is not there.
+    """
     if not directory.is_dir():
         raise AdapterDirectoryError(
             f"{directory} is not a folder; give the one that holds {' and '.join(REQUIRED_FILES)}",

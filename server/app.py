@@ -52,7 +52,6 @@ from server.opening import (
 )
 from server.request import Failed, Request, SamplingParams
 from server.resident import load_bare, load_merged
-from server.services import convert
 from server.services.adapters import AdapterService
 from server.services.admission import Admission
 from server.services.catalogue import Catalogue
@@ -63,7 +62,7 @@ from server.services.inference import InferenceService
 from server.services.ingest import UploadDesk
 from server.services.interceptors import AccessInterceptor, StatusInterceptor
 from server.services.replica import Replica
-from server.services.server_info import ServerService
+from server.services.server_info import ServerService, facts_of
 from server.services.tls import ServerCertificates
 from server.services.uploads import MAX_CHUNK_BYTES
 from server.services.workers import Workers
@@ -272,8 +271,9 @@ class Server:
             ),
             rpc_server,
         )
+        facts = facts_of(self._settings, VERSION, self._base, self._engine, self._merged)
         server_pb2_grpc.add_ServerServiceServicer_to_server(
-            ServerService(self._engine, self._facts(), self._told_to_stop.set), rpc_server
+            ServerService(self._engine, facts, self._told_to_stop.set), rpc_server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, rpc_server)
         names = (*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
@@ -289,6 +289,7 @@ class Server:
         if self._settings.tls.cert is None:
             return rpc_server.add_insecure_port(address)
         certificates = ServerCertificates(self._settings.tls, self._metrics.count_certificate_reload)
+        self._metrics.add_certificate(lambda: certificates.expires_s)
         return rpc_server.add_secure_port(address, certificates.credentials())
 
     def _grpc_options(self) -> list[tuple[str, int]]:
@@ -301,27 +302,6 @@ class Server:
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ]
-
-    def _facts(self) -> server_pb2.GetServerInfoResponse:
-        base, engine, limits = self._base, self._settings.engine, self._settings.grpc
-        return server_pb2.GetServerInfoResponse(
-            version=VERSION,
-            base_model=base.name,
-            base_fingerprint=base.fingerprint,
-            quantization=base.quantization,
-            device=base.device.type,
-            dtype=str(base.dtype).removeprefix("torch."),
-            merged=None if self._merged is None else convert.merged(self._merged),
-            limits=server_pb2.Limits(
-                max_context_tokens=self._engine.max_context_tokens,
-                max_running_requests=engine.max_running_requests,
-                max_waiting_requests=engine.max_waiting_requests,
-                max_batch_tokens=self._engine.max_batch_tokens,
-                max_upload_bytes=limits.max_upload_bytes,
-                max_adapter_rank=engine.max_adapter_rank,
-                uploads=_upload_limits(self._settings),
-            ),
-        )
 
     # Shutdown
 
@@ -373,20 +353,6 @@ def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *
     """In the loop's thread, from any other; not at all once the loop is closed."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *arguments)
-
-
-def _upload_limits(settings: ServerSettings) -> server_pb2.UploadLimits:
-    limits = server_pb2.UploadLimits(
-        max_chunk_bytes=MAX_CHUNK_BYTES,
-        max_concurrent=settings.grpc.max_concurrent_uploads,
-        min_bytes_per_s=settings.grpc.upload_min_bytes_per_s,
-        max_store_bytes=settings.store.max_bytes,
-        max_bytes_per_name=settings.store.max_bytes_per_name,
-        max_versions_per_name=settings.store.max_versions_per_name,
-    )
-    limits.idle_timeout.FromMilliseconds(round(settings.grpc.upload_idle_timeout_s * 1000))
-    limits.resume_ttl.FromMilliseconds(round(settings.grpc.upload_resume_ttl_s * 1000))
-    return limits
 
 
 def _load_base(settings: ServerSettings, store: AdapterStore) -> tuple[Base, MergedAdapter | None]:

@@ -211,10 +211,10 @@ def _thread_count() -> int:
 def _memory() -> Memory | None:
     if _import_problem("psutil") is not None:
         return None
-    import psutil
+    from adapters import host_memory
 
-    now = psutil.virtual_memory()
-    return Memory(int(now.available), int(now.total))
+    now = host_memory.now()
+    return Memory(now.available_bytes, now.total_bytes)
 
 
 def _read(path: Path) -> str:

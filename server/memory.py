@@ -3,9 +3,9 @@
 import logging
 from dataclasses import dataclass
 
-import psutil
 import torch
 
+from adapters import host_memory
 from adapters.room import memory_free_on
 from adapters.tier import TierBudgets
 from server.config import GIB, MIB, EngineSettings
@@ -95,4 +95,4 @@ def _host_tier_bytes(settings: EngineSettings, device: torch.device) -> int:
         return settings.adapter_host_bytes
     if device.type == "cpu":
         return 0
-    return min(int(psutil.virtual_memory().available * _HOST_SHARE), _HOST_TIER_LIMIT_BYTES)
+    return min(int(host_memory.now().available_bytes * _HOST_SHARE), _HOST_TIER_LIMIT_BYTES)

@@ -295,6 +295,13 @@ class Metrics:
         self._store_bytes.set_function(lambda: _number_from(size_bytes, "store_bytes"))
         self._store_free.set_function(lambda: _number_from(free_bytes, "store_free_bytes"))
 
+    def add_certificate(self, expires_s: Callable[[], float]) -> None:
+        """Adds the gauge of when the server's certificate expires, and asks for it at every scrape."""
+        self._gauge(
+            "certificate_expiry_timestamp_seconds",
+            "Unix time until which clients take the server's certificate; 0 if they refuse it already",
+        ).set_function(expires_s)
+
     def add_lora_info(self, source: Callable[[], LoraInfo]) -> None:
         """Adds the gauge that routers read, and asks `source` for it at every scrape."""
         self.registry.register(LoraInfoCollector(source))

@@ -8,8 +8,7 @@ import logging
 import socket
 from pathlib import Path
 
-import psutil
-
+from adapters import host_memory
 from adapters.errors import AdapterError
 from adapters.quota import StoreQuota
 from adapters.remote import RemotePlace
@@ -127,7 +126,7 @@ def _open_replica(url: str, cache: Path, reserve_bytes: int) -> ReplicaStore:
 
 def no_memory(settings: ServerSettings, error: Exception) -> str:
     """What to say if the start ran out of memory where nobody had counted."""
-    free = psutil.virtual_memory().available / GIB
+    free = host_memory.now().available_bytes / GIB
     return (
         f"there is not enough memory to serve {settings.base.source} ({error}); {free:.1f} GiB of the host "
         "are free; lower --kv-bytes, --adapter-device-bytes or --adapter-host-bytes, or take a smaller base"

@@ -51,13 +51,6 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # the kernel's VmHWM
 
 
-def free_bytes(device: torch.device) -> int:
-    """What a run may still take."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
 def heap_keeps_blocks() -> bool:
     """Whether this process' C heap is glibc's as it comes: aligned blocks are not found again once freed."""
     return platform.libc_ver()[0] == "glibc" and _FIXED_THRESHOLD not in os.environ

@@ -9,9 +9,10 @@ from typing import Final
 import torch
 
 from adapters.base import Base
+from adapters.room import memory_free_on
 from training.data import TrainingData
 from training.errors import ShortOfMemoryError
-from training.footprint import Footprint, free_bytes, heap_keeps_blocks
+from training.footprint import Footprint, heap_keeps_blocks
 from training.measured_rows import heaviest_rows
 from training.memory import Memory, predict_memory
 from training.pace import Device
@@ -69,7 +70,7 @@ def foresee(
         heap_keeps=not cuda and heap_keeps_blocks(),
     )
     memory = predict_memory(shape, work)
-    free = free_bytes(base.device) // (1 if cuda else processes)
+    free = memory_free_on(base.device) // (1 if cuda else processes)
     if memory.added_bytes > free and not recipe.exceed_memory:
         whole = free + memory.total_bytes - memory.added_bytes
         proposal = propose(shape, work, Device("here", work.place, whole, _RATE, None, True))

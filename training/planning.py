@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import psutil
-
+from adapters import host_memory
 from adapters.cache import default_cache_dir
 from adapters.sources import local_source
 from training.errors import RecipeError
@@ -110,7 +109,7 @@ def _device(name: str, shape: ModelShape, products: str) -> Device:
         raise RecipeError(f"device is {name!r}, must be auto, cpu, or one of {', '.join(CARDS)}")
     from training.calibration import measured_cpu
 
-    free = int(psutil.virtual_memory().available)
+    free = host_memory.now().available_bytes
     return measured_cpu(shape, 2 if products == "bfloat16" else 4, free)
 
 

@@ -3,18 +3,15 @@
 import argparse
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quickchange.commands import following, uploading
+from quickchange.commands import downloading, following, uploading
 from quickchange.commands.options import (
     add_command,
     add_json_option,
-    add_progress_option,
     add_server_options,
     label,
     open_client,
-    progress_of,
 )
 from quickchange.commands.output import print_facts, print_json, print_table, short, size
 from quickchange.types import Adapter, AdapterState, Residency
@@ -44,7 +41,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     _add_move(actions, "load", "bring an adapter to memory now", (Residency.DEVICE, Residency.HOST))
     _add_move(actions, "unload", "let an adapter leave memory", (Residency.DISK, Residency.HOST))
     _add_remove(actions)
-    _add_pull(actions)
+    downloading.add_pull(actions, _REFERENCE)
     following.add_watch(actions)
     following.add_gc(actions)
     uploading.add_cancel_upload(actions)
@@ -131,16 +128,6 @@ def _add_remove(actions: "Subparsers") -> None:
     )
     parser.add_argument("reference", metavar="REF", help="name@version; with --all-versions the name")
     parser.add_argument("--all-versions", action="store_true", help="every version of the name")
-    add_server_options(parser)
-
-
-def _add_pull(actions: "Subparsers") -> None:
-    parser = add_command(
-        actions, "pull", "download an adapter", "  quickchange adapters pull sql:prod ./sql-lora"
-    )
-    parser.add_argument("reference", metavar="REF", help=_REFERENCE)
-    parser.add_argument("directory", metavar="DIR", type=Path, help="a folder that is new or empty")
-    add_progress_option(parser)
     add_server_options(parser)
 
 
@@ -233,11 +220,6 @@ def _remove(client: "Client", args: argparse.Namespace) -> None:
     print(f"{count} version{'s' if count != 1 else ''} deleted")
 
 
-def _pull(client: "Client", args: argparse.Namespace) -> None:
-    result = client.adapters.pull(args.reference, args.directory, progress=progress_of(args))
-    print(f"{result.adapter.reference} {result.directory} ({size(result.size_bytes)})")
-
-
 _ACTIONS: Mapping[str, Callable[["Client", argparse.Namespace], None]] = {
     "push": uploading.push,
     "check": uploading.check,
@@ -249,7 +231,7 @@ _ACTIONS: Mapping[str, Callable[["Client", argparse.Namespace], None]] = {
     "load": _load,
     "unload": _unload,
     "rm": _remove,
-    "pull": _pull,
+    "pull": downloading.pull,
     "watch": following.watch,
     "gc": following.collect,
     "cancel-upload": uploading.cancel_upload,

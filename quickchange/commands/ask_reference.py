@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from quickchange.commands.asked import BASE, Asked, loss_on
 from quickchange.commands.options import progress_of
+from quickchange.upload import require_adapter
 
 if TYPE_CHECKING:
     from adapters.base import Base
@@ -21,12 +22,14 @@ def ask_reference(args: argparse.Namespace, cases: "Sequence[Case]") -> Asked:
     """All answers and losses of the adapters named, which are folders.
 
     Raises:
+        AdapterDirectoryError: there is no adapter in a folder.
         AdapterError, BaseModelError, TrainingError: what cannot be loaded, or a row that cannot be asked.
     """
     from adapters.base import load_base
     from training.evaluation_page import SHOWN_ROWS
     from training.reference_model import ReferenceModel
 
+    ours, theirs = _folder(args.adapter), _folder(args.against)
     base = load_base(
         args.base,
         purpose="train",
@@ -34,7 +37,6 @@ def ask_reference(args: argparse.Namespace, cases: "Sequence[Case]") -> Asked:
         dtype="float32",
         progress=progress_of(args),
     )
-    ours, theirs = _folder(args.adapter), _folder(args.against)
     _check_applicable(base, [ours, theirs])
     base_answers = (
         ReferenceModel(base, None, _limit(args)).answers(cases[:SHOWN_ROWS], progress=progress_of(args))
@@ -59,7 +61,10 @@ def ask_reference(args: argparse.Namespace, cases: "Sequence[Case]") -> Asked:
 
 
 def _folder(given: str | None) -> Path | None:
-    return None if given in (None, BASE) else Path(str(given))
+    if given in (None, BASE):
+        return None
+    require_adapter(folder := Path(str(given)))
+    return folder
 
 
 def _check_applicable(base: "Base", folders: Sequence[Path | None]) -> None:

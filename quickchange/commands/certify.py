@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from quickchange.commands.failure import CommandError, needs_extra
 from quickchange.commands.options import (
+    adapter_folder,
     add_command,
     add_json_option,
     add_progress_option,
@@ -34,7 +35,9 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser.add_argument(
         "--base", required=True, metavar="SOURCE", help="folder, GGUF file, hub id, or smollm2"
     )
-    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR", help="the adapter's folder")
+    parser.add_argument(
+        "--adapter", required=True, type=adapter_folder, metavar="DIR", help="the adapter's folder"
+    )
     parser.add_argument("--merged", required=True, type=Path, metavar="DIR", help="the merged model")
     parser.add_argument(
         "--data", required=True, type=Path, metavar="FILE", help="rows that the adapter did not learn"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from quickchange.commands.failure import MISUSED, CommandError, needs_extra
 from quickchange.commands.options import (
+    adapter_folder,
     add_command,
     add_json_option,
     add_progress_option,
@@ -32,7 +33,12 @@ _COMBINATIONS = (
 
 def _weighted(text: str) -> tuple[Path, float]:
     folder, found, weight = text.rpartition("=")
-    return (Path(folder), float(weight)) if found else (Path(text), 1.0)
+    if not found:
+        return adapter_folder(text), 1.0
+    try:
+        return adapter_folder(folder), float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{weight!r} is no weight; write DIR=0.5") from None
 
 
 def add_parser(subparsers: "Subparsers") -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from quickchange.commands.failure import MISUSED, CommandError, needs_extra
 from quickchange.commands.options import (
+    adapter_folder,
     add_command,
     add_json_option,
     add_progress_option,
@@ -49,7 +50,9 @@ _ONLY = {
 def add_parser(subparsers: "Subparsers") -> None:
     parser = add_command(subparsers, "export", "write an adapter or a model as others load it", _EXAMPLES)
     parser.add_argument("--format", required=True, choices=tuple(_TAKES), help="what it is to be")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="peft, gguf-lora: the adapter's folder")
+    parser.add_argument(
+        "--adapter", type=adapter_folder, metavar="DIR", help="peft, gguf-lora: the adapter's folder"
+    )
     parser.add_argument(
         "--model", metavar="SOURCE", help="hf, gguf: a merged or any plain model: folder, hub id, or smollm2"
     )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from quickchange.commands.options import add_command, add_json_option, add_server_options, open_client
 from quickchange.commands.output import print_facts, print_json, size
-from quickchange.types import ServerInfo
+from quickchange.server_facts import ServerInfo
 
 if TYPE_CHECKING:
     from quickchange.commands.options import Subparsers
@@ -51,7 +51,8 @@ def _facts(info: ServerInfo) -> dict[str, str]:
         "fingerprint": info.base_fingerprint,
         **_merged(info),
         "version": info.version,
-        "context": f"{limits.max_context_tokens} tokens",
+        "context": f"{limits.max_context_tokens} tokens; a prompt up to {_most(limits.max_prompt_tokens)}, "
+        f"an answer up to {_most(limits.max_new_tokens)}, {limits.max_answers} answers to a request",
         "requests": f"{now.requests_running} of {limits.max_running_requests} running, "
         f"{now.requests_waiting} of {limits.max_waiting_requests} waiting",
         "cache": f"{now.kv_tokens_free} of {now.kv_tokens_total} tokens free",
@@ -61,3 +62,7 @@ def _facts(info: ServerInfo) -> dict[str, str]:
         "steps": f"{steps.steps}, of which {steps.mixed_steps} mixed adapters "
         f"(up to {steps.max_adapters_in_step} at once); {steps.tokens_computed} tokens",
     }
+
+
+def _most(tokens: int | None) -> str:
+    return "all of it" if tokens is None else str(tokens)

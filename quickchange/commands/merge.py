@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from quickchange.commands.certify import add_quantization_options, add_rows_option
 from quickchange.commands.failure import CommandError, needs_extra
 from quickchange.commands.options import (
+    adapter_folder,
     add_command,
     add_json_option,
     add_progress_option,
@@ -33,7 +34,9 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser.add_argument(
         "--base", required=True, metavar="SOURCE", help="folder, GGUF file, hub id, or smollm2"
     )
-    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR", help="the adapter's folder")
+    parser.add_argument(
+        "--adapter", required=True, type=adapter_folder, metavar="DIR", help="the adapter's folder"
+    )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="the new model; must not exist"
     )

@@ -12,6 +12,7 @@ import grpc
 from quickchange.client import Client
 from quickchange.commands.failure import MISUSED, CommandError
 from quickchange.connection import DEFAULT_TARGET
+from quickchange.errors import AdapterDirectoryError
 from quickchange.tls import (
     AUTHORITY_VARIABLE,
     CERTIFICATE_VARIABLE,
@@ -19,6 +20,7 @@ from quickchange.tls import (
     USE_VARIABLE,
     credentials_from,
 )
+from quickchange.upload import require_adapter
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -93,6 +95,11 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tls-key", type=Path, metavar="FILE", help="PEM file with its key (default: QUICKCHANGE_CLIENT_KEY)"
     )
+    group.add_argument(
+        "--tls-name",
+        metavar="NAME",
+        help="that the server's certificate is for, where it is not HOST (default: QUICKCHANGE_SERVER_NAME)",
+    )
 
 
 def open_client(args: argparse.Namespace) -> Client:
@@ -105,6 +112,7 @@ def open_client(args: argparse.Namespace) -> Client:
         args.server,
         token=_token_of(args),
         credentials=_credentials_of(args),
+        server_name=args.tls_name,
         timeout_s=args.timeout,
         retry_window_s=args.wait,
     )
@@ -131,7 +139,7 @@ def _credentials_of(args: argparse.Namespace) -> grpc.ChannelCredentials | None:
         KEY_VARIABLE: args.tls_key,
     }
     given = {variable: str(path) for variable, path in files.items() if path is not None}
-    if not given and not args.tls:
+    if not (given or args.tls or args.tls_name):
         return None
     return credentials_from({**os.environ, **given, USE_VARIABLE: "on"})
 
@@ -168,6 +176,15 @@ def size_bytes(text: str) -> int:
     if match is None or unit is None or int(match[1]) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 5GB or 500MiB")
     return int(match[1]) * unit
+
+
+def adapter_folder(text: str) -> Path:
+    """An argument that names a folder with an adapter."""
+    try:
+        require_adapter(Path(text))
+    except AdapterDirectoryError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
+    return Path(text)
 
 
 def label(text: str) -> tuple[str, str]:

@@ -154,16 +154,16 @@ def _tell(line: str) -> None:
 
 
 def _machine() -> dict[str, Any]:
-    import psutil
     import torch
 
+    from adapters import host_memory
     from server.doctor import this_processor
 
     processor = this_processor()
     return {
         "processor": processor.name,
         "cores": processor.count,
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": host_memory.now().total_bytes,
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

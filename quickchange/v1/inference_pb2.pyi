@@ -265,7 +265,9 @@ class GenerateRequest(google.protobuf.message.Message):
     priority: builtins.int
     """-10 to 10, larger goes first; default 0. Waiting raises it, so that nothing starves."""
     cache_salt: builtins.str
-    """Separates tenants in caches of prompts: only requests of equal salt share keys and values."""
+    """Separates callers in the cache of prompts: only requests of equal salt share keys and values. Tenants are
+    separate whatever it is.
+    """
     adapter_scale: builtins.float
     """Multiplies the adapter's update, -16 to 16; default 1. 0 answers as the base does. What is merged into the base
     has no other strength than 1.

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from quickchange.v1 import inference_pb2 as quickchange_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bquickchange/v1/server.proto\x12\x0equickchange.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1equickchange/v1/inference.proto\"\x16\n\x14GetServerInfoRequest\"\xdd\x01\n\x06Limits\x12\x1a\n\x12max_context_tokens\x18\x01 \x01(\r\x12\x1c\n\x14max_running_requests\x18\x02 \x01(\r\x12\x1c\n\x14max_waiting_requests\x18\x03 \x01(\r\x12\x18\n\x10max_batch_tokens\x18\x04 \x01(\r\x12\x18\n\x10max_upload_bytes\x18\x05 \x01(\x04\x12\x18\n\x10max_adapter_rank\x18\x06 \x01(\r\x12-\n\x07uploads\x18\x07 \x01(\x0b\x32\x1c.quickchange.v1.UploadLimits\"\xe0\x02\n\x0cUploadLimits\x12\x17\n\x0fmax_chunk_bytes\x18\x01 \x01(\x04\x12\x16\n\x0emax_concurrent\x18\x02 \x01(\r\x12/\n\x0cidle_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fmin_bytes_per_s\x18\x04 \x01(\x04\x12-\n\nresume_ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x0fmax_store_bytes\x18\x06 \x01(\x04H\x00\x88\x01\x01\x12\x1f\n\x12max_bytes_per_name\x18\x07 \x01(\x04H\x01\x88\x01\x01\x12\"\n\x15max_versions_per_name\x18\x08 \x01(\rH\x02\x88\x01\x01\x42\x12\n\x10_max_store_bytesB\x15\n\x13_max_bytes_per_nameB\x18\n\x16_max_versions_per_name\"\xf9\x01\n\x08\x43\x61pacity\x12\x17\n\x0fkv_tokens_total\x18\x01 \x01(\x04\x12\x16\n\x0ekv_tokens_free\x18\x02 \x01(\x04\x12\"\n\x1a\x61\x64\x61pter_device_bytes_total\x18\x03 \x01(\x04\x12!\n\x19\x61\x64\x61pter_device_bytes_used\x18\x04 \x01(\x04\x12\x18\n\x10requests_running\x18\x05 \x01(\r\x12\x18\n\x10requests_waiting\x18\x06 \x01(\r\x12 \n\x18\x61\x64\x61pter_host_bytes_total\x18\x07 \x01(\x04\x12\x1f\n\x17\x61\x64\x61pter_host_bytes_used\x18\x08 \x01(\x04\"\xbd\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x03 \x01(\t\x12\x14\n\x0cquantization\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12&\n\x06limits\x18\x07 \x01(\x0b\x32\x16.quickchange.v1.Limits\x12*\n\x08\x63\x61pacity\x18\x08 \x01(\x0b\x32\x18.quickchange.v1.Capacity\x12-\n\x05steps\x18\t \x01(\x0b\x32\x1e.quickchange.v1.StepStatistics\x12-\n\x06merged\x18\n \x01(\x0b\x32\x1d.quickchange.v1.MergedAdapter\"n\n\rMergedAdapter\x12\x30\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1f.quickchange.v1.ResolvedAdapter\x12\x0c\n\x04into\x18\x02 \x01(\t\x12\x1d\n\x15\x62\x61re_base_fingerprint\x18\x03 \x01(\t\"k\n\x0eStepStatistics\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x13\n\x0bmixed_steps\x18\x02 \x01(\x04\x12\x1c\n\x14max_adapters_in_step\x18\x03 \x01(\r\x12\x17\n\x0ftokens_computed\x18\x04 \x01(\x04\"\x0e\n\x0c\x44rainRequest\")\n\rDrainResponse\x12\x18\n\x10requests_running\x18\x01 \x01(\r2\xb3\x01\n\rServerService\x12\\\n\rGetServerInfo\x12$.quickchange.v1.GetServerInfoRequest\x1a%.quickchange.v1.GetServerInfoResponse\x12\x44\n\x05\x44rain\x12\x1c.quickchange.v1.DrainRequest\x1a\x1d.quickchange.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bquickchange/v1/server.proto\x12\x0equickchange.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1equickchange/v1/inference.proto\"\x16\n\x14GetServerInfoRequest\"\x90\x03\n\x06Limits\x12\x1a\n\x12max_context_tokens\x18\x01 \x01(\r\x12\x1c\n\x14max_running_requests\x18\x02 \x01(\r\x12\x1c\n\x14max_waiting_requests\x18\x03 \x01(\r\x12\x18\n\x10max_batch_tokens\x18\x04 \x01(\r\x12\x18\n\x10max_upload_bytes\x18\x05 \x01(\x04\x12\x18\n\x10max_adapter_rank\x18\x06 \x01(\r\x12-\n\x07uploads\x18\x07 \x01(\x0b\x32\x1c.quickchange.v1.UploadLimits\x12\x1f\n\x12max_waiting_tokens\x18\x08 \x01(\x04H\x00\x88\x01\x01\x12\x1e\n\x11max_prompt_tokens\x18\t \x01(\rH\x01\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\n \x01(\rH\x02\x88\x01\x01\x12\x13\n\x0bmax_answers\x18\x0b \x01(\rB\x15\n\x13_max_waiting_tokensB\x14\n\x12_max_prompt_tokensB\x11\n\x0f_max_new_tokens\"\xe0\x02\n\x0cUploadLimits\x12\x17\n\x0fmax_chunk_bytes\x18\x01 \x01(\x04\x12\x16\n\x0emax_concurrent\x18\x02 \x01(\r\x12/\n\x0cidle_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fmin_bytes_per_s\x18\x04 \x01(\x04\x12-\n\nresume_ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x0fmax_store_bytes\x18\x06 \x01(\x04H\x00\x88\x01\x01\x12\x1f\n\x12max_bytes_per_name\x18\x07 \x01(\x04H\x01\x88\x01\x01\x12\"\n\x15max_versions_per_name\x18\x08 \x01(\rH\x02\x88\x01\x01\x42\x12\n\x10_max_store_bytesB\x15\n\x13_max_bytes_per_nameB\x18\n\x16_max_versions_per_name\"\xf9\x01\n\x08\x43\x61pacity\x12\x17\n\x0fkv_tokens_total\x18\x01 \x01(\x04\x12\x16\n\x0ekv_tokens_free\x18\x02 \x01(\x04\x12\"\n\x1a\x61\x64\x61pter_device_bytes_total\x18\x03 \x01(\x04\x12!\n\x19\x61\x64\x61pter_device_bytes_used\x18\x04 \x01(\x04\x12\x18\n\x10requests_running\x18\x05 \x01(\r\x12\x18\n\x10requests_waiting\x18\x06 \x01(\r\x12 \n\x18\x61\x64\x61pter_host_bytes_total\x18\x07 \x01(\x04\x12\x1f\n\x17\x61\x64\x61pter_host_bytes_used\x18\x08 \x01(\x04\"\xbd\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x03 \x01(\t\x12\x14\n\x0cquantization\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12&\n\x06limits\x18\x07 \x01(\x0b\x32\x16.quickchange.v1.Limits\x12*\n\x08\x63\x61pacity\x18\x08 \x01(\x0b\x32\x18.quickchange.v1.Capacity\x12-\n\x05steps\x18\t \x01(\x0b\x32\x1e.quickchange.v1.StepStatistics\x12-\n\x06merged\x18\n \x01(\x0b\x32\x1d.quickchange.v1.MergedAdapter\"n\n\rMergedAdapter\x12\x30\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1f.quickchange.v1.ResolvedAdapter\x12\x0c\n\x04into\x18\x02 \x01(\t\x12\x1d\n\x15\x62\x61re_base_fingerprint\x18\x03 \x01(\t\"k\n\x0eStepStatistics\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x13\n\x0bmixed_steps\x18\x02 \x01(\x04\x12\x1c\n\x14max_adapters_in_step\x18\x03 \x01(\r\x12\x17\n\x0ftokens_computed\x18\x04 \x01(\x04\"\x0e\n\x0c\x44rainRequest\")\n\rDrainResponse\x12\x18\n\x10requests_running\x18\x01 \x01(\r2\xb3\x01\n\rServerService\x12\\\n\rGetServerInfo\x12$.quickchange.v1.GetServerInfoRequest\x1a%.quickchange.v1.GetServerInfoResponse\x12\x44\n\x05\x44rain\x12\x1c.quickchange.v1.DrainRequest\x1a\x1d.quickchange.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,21 +36,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFOREQUEST']._serialized_start=111
   _globals['_GETSERVERINFOREQUEST']._serialized_end=133
   _globals['_LIMITS']._serialized_start=136
-  _globals['_LIMITS']._serialized_end=357
-  _globals['_UPLOADLIMITS']._serialized_start=360
-  _globals['_UPLOADLIMITS']._serialized_end=712
-  _globals['_CAPACITY']._serialized_start=715
-  _globals['_CAPACITY']._serialized_end=964
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=967
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=1284
-  _globals['_MERGEDADAPTER']._serialized_start=1286
-  _globals['_MERGEDADAPTER']._serialized_end=1396
-  _globals['_STEPSTATISTICS']._serialized_start=1398
-  _globals['_STEPSTATISTICS']._serialized_end=1505
-  _globals['_DRAINREQUEST']._serialized_start=1507
-  _globals['_DRAINREQUEST']._serialized_end=1521
-  _globals['_DRAINRESPONSE']._serialized_start=1523
-  _globals['_DRAINRESPONSE']._serialized_end=1564
-  _globals['_SERVERSERVICE']._serialized_start=1567
-  _globals['_SERVERSERVICE']._serialized_end=1746
+  _globals['_LIMITS']._serialized_end=536
+  _globals['_UPLOADLIMITS']._serialized_start=539
+  _globals['_UPLOADLIMITS']._serialized_end=891
+  _globals['_CAPACITY']._serialized_start=894
+  _globals['_CAPACITY']._serialized_end=1143
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=1146
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=1463
+  _globals['_MERGEDADAPTER']._serialized_start=1465
+  _globals['_MERGEDADAPTER']._serialized_end=1575
+  _globals['_STEPSTATISTICS']._serialized_start=1577
+  _globals['_STEPSTATISTICS']._serialized_end=1684
+  _globals['_DRAINREQUEST']._serialized_start=1686
+  _globals['_DRAINREQUEST']._serialized_end=1700
+  _globals['_DRAINRESPONSE']._serialized_start=1702
+  _globals['_DRAINRESPONSE']._serialized_end=1743
+  _globals['_SERVERSERVICE']._serialized_start=1746
+  _globals['_SERVERSERVICE']._serialized_end=1925
 # @@protoc_insertion_point(module_scope)

@@ -39,12 +39,23 @@ class Limits(google.protobuf.message.Message):
     MAX_UPLOAD_BYTES_FIELD_NUMBER: builtins.int
     MAX_ADAPTER_RANK_FIELD_NUMBER: builtins.int
     UPLOADS_FIELD_NUMBER: builtins.int
+    MAX_WAITING_TOKENS_FIELD_NUMBER: builtins.int
+    MAX_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    MAX_NEW_TOKENS_FIELD_NUMBER: builtins.int
+    MAX_ANSWERS_FIELD_NUMBER: builtins.int
     max_context_tokens: builtins.int
     max_running_requests: builtins.int
     max_waiting_requests: builtins.int
     max_batch_tokens: builtins.int
     max_upload_bytes: builtins.int
     max_adapter_rank: builtins.int
+    max_waiting_tokens: builtins.int
+    """Of prompts that wait; unset: no limit."""
+    max_prompt_tokens: builtins.int
+    """Unset: what the context holds."""
+    max_new_tokens: builtins.int
+    max_answers: builtins.int
+    """To one request."""
     @property
     def uploads(self) -> Global___UploadLimits: ...
     def __init__(
@@ -57,11 +68,27 @@ class Limits(google.protobuf.message.Message):
         max_upload_bytes: builtins.int = ...,
         max_adapter_rank: builtins.int = ...,
         uploads: Global___UploadLimits | None = ...,
+        max_waiting_tokens: builtins.int | None = ...,
+        max_prompt_tokens: builtins.int | None = ...,
+        max_new_tokens: builtins.int | None = ...,
+        max_answers: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["uploads", b"uploads"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_max_new_tokens", b"_max_new_tokens", "_max_prompt_tokens", b"_max_prompt_tokens", "_max_waiting_tokens", b"_max_waiting_tokens", "max_new_tokens", b"max_new_tokens", "max_prompt_tokens", b"max_prompt_tokens", "max_waiting_tokens", b"max_waiting_tokens", "uploads", b"uploads"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["max_adapter_rank", b"max_adapter_rank", "max_batch_tokens", b"max_batch_tokens", "max_context_tokens", b"max_context_tokens", "max_running_requests", b"max_running_requests", "max_upload_bytes", b"max_upload_bytes", "max_waiting_requests", b"max_waiting_requests", "uploads", b"uploads"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_max_new_tokens", b"_max_new_tokens", "_max_prompt_tokens", b"_max_prompt_tokens", "_max_waiting_tokens", b"_max_waiting_tokens", "max_adapter_rank", b"max_adapter_rank", "max_answers", b"max_answers", "max_batch_tokens", b"max_batch_tokens", "max_context_tokens", b"max_context_tokens", "max_new_tokens", b"max_new_tokens", "max_prompt_tokens", b"max_prompt_tokens", "max_running_requests", b"max_running_requests", "max_upload_bytes", b"max_upload_bytes", "max_waiting_requests", b"max_waiting_requests", "max_waiting_tokens", b"max_waiting_tokens", "uploads", b"uploads"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_new_tokens: typing_extensions.TypeAlias = typing.Literal["max_new_tokens"]
+    _WhichOneofArgType__max_new_tokens: typing_extensions.TypeAlias = typing.Literal["_max_new_tokens", b"_max_new_tokens"]
+    _WhichOneofReturnType__max_prompt_tokens: typing_extensions.TypeAlias = typing.Literal["max_prompt_tokens"]
+    _WhichOneofArgType__max_prompt_tokens: typing_extensions.TypeAlias = typing.Literal["_max_prompt_tokens", b"_max_prompt_tokens"]
+    _WhichOneofReturnType__max_waiting_tokens: typing_extensions.TypeAlias = typing.Literal["max_waiting_tokens"]
+    _WhichOneofArgType__max_waiting_tokens: typing_extensions.TypeAlias = typing.Literal["_max_waiting_tokens", b"_max_waiting_tokens"]
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_new_tokens) -> _WhichOneofReturnType__max_new_tokens | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_prompt_tokens) -> _WhichOneofReturnType__max_prompt_tokens | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_waiting_tokens) -> _WhichOneofReturnType__max_waiting_tokens | None: ...
 
 Global___Limits: typing_extensions.TypeAlias = Limits
 

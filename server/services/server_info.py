@@ -5,8 +5,13 @@ from typing import Any
 
 import grpc.aio
 
+from adapters.base import Base
 from quickchange.v1 import server_pb2, server_pb2_grpc
+from server.config import ServerSettings
 from server.engine import Engine
+from server.merged import MergedAdapter
+from server.services import convert
+from server.services.uploads import MAX_CHUNK_BYTES
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -57,3 +62,50 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         self._drain()
         stats = self._engine.stats()
         return server_pb2.DrainResponse(requests_running=stats.running + stats.waiting)
+
+
+def facts_of(
+    settings: ServerSettings, version: str, base: Base, engine: Engine, merged: MergedAdapter | None
+) -> server_pb2.GetServerInfoResponse:
+    """What does not change while a server runs."""
+    return server_pb2.GetServerInfoResponse(
+        version=version,
+        base_model=base.name,
+        base_fingerprint=base.fingerprint,
+        quantization=base.quantization,
+        device=base.device.type,
+        dtype=str(base.dtype).removeprefix("torch."),
+        merged=None if merged is None else convert.merged(merged),
+        limits=_limits(settings, engine),
+    )
+
+
+def _limits(settings: ServerSettings, engine: Engine) -> server_pb2.Limits:
+    asked = settings.engine
+    return server_pb2.Limits(
+        max_context_tokens=engine.max_context_tokens,
+        max_running_requests=asked.max_running_requests,
+        max_waiting_requests=asked.max_waiting_requests,
+        max_batch_tokens=engine.max_batch_tokens,
+        max_upload_bytes=settings.grpc.max_upload_bytes,
+        max_adapter_rank=asked.max_adapter_rank,
+        max_waiting_tokens=asked.max_waiting_tokens,
+        max_prompt_tokens=asked.max_prompt_tokens,
+        max_new_tokens=asked.max_new_tokens,
+        max_answers=asked.max_answers or asked.max_running_requests,
+        uploads=_upload_limits(settings),
+    )
+
+
+def _upload_limits(settings: ServerSettings) -> server_pb2.UploadLimits:
+    limits = server_pb2.UploadLimits(
+        max_chunk_bytes=MAX_CHUNK_BYTES,
+        max_concurrent=settings.grpc.max_concurrent_uploads,
+        min_bytes_per_s=settings.grpc.upload_min_bytes_per_s,
+        max_store_bytes=settings.store.max_bytes,
+        max_bytes_per_name=settings.store.max_bytes_per_name,
+        max_versions_per_name=settings.store.max_versions_per_name,
+    )
+    limits.idle_timeout.FromMilliseconds(round(settings.grpc.upload_idle_timeout_s * 1000))
+    limits.resume_ttl.FromMilliseconds(round(settings.grpc.upload_resume_ttl_s * 1000))
+    return limits

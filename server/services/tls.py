@@ -11,8 +11,8 @@ from quickchange.certificates import (
     CertificateError,
     check_authorities,
     check_pair,
-    complaint_about,
     read_pem,
+    standing_of,
 )
 from server.access_settings import TlsSettings
 from server.file_marks import Mark, mark_of
@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 class ServerCertificates:
     """What new connections are served with. Files that are no good leave the last good ones in use.
+
+    Attributes:
+        expires_s: until when clients take what is in use, Unix time; 0 if they refuse it already.
 
     Args:
         settings: with a certificate.
@@ -37,6 +40,7 @@ class ServerCertificates:
         self._cert, self._key, self._client_ca = settings.cert, settings.key, settings.client_ca
         self._on_reload = on_reload
         self._lock = threading.Lock()  # gRPC asks from several threads
+        self.expires_s = 0.0
         self._marks, self._current = self._read()
 
     def credentials(self) -> grpc.ServerCredentials:
@@ -68,13 +72,16 @@ class ServerCertificates:
         context = check_pair(self._cert, self._key)
         if self._client_ca is not None:
             check_authorities(self._client_ca)
-        complaint = complaint_about(self._cert, context)
+        standing = standing_of(self._cert, context)
         pair = (read_pem(self._key), read_pem(self._cert))
         roots = None if self._client_ca is None else read_pem(self._client_ca)
         if self._looked() != marks:  # what was checked may not be what was read
             raise CertificateError(f"{self._cert} or a file that belongs to it changed while it was read")
-        if complaint:
-            log.warning("clients will refuse the certificate file=%s: %s; renew it", self._cert, complaint)
+        if standing.complaint:
+            log.warning(
+                "clients will refuse the certificate file=%s: %s; renew it", self._cert, standing.complaint
+            )
+        self.expires_s = standing.expires_s
         return marks, grpc.ssl_server_certificate_configuration([pair], roots)
 
     def _looked(self) -> tuple[Mark | None, ...]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from quickchange import AsyncClient, Client
-from quickchange.types import Delta, Finished, ServerInfo
+from quickchange.server_facts import ServerInfo
+from quickchange.types import Delta, Finished
 from tests.bench.answers import Answer, Ask, Load, Steps
 from tests.bench.cells import Cell
 from tests.bench.load import Asker, ShortAnswerError, closed_loop, open_loop

@@ -120,6 +120,15 @@ def running(server: ServerProcess) -> Iterator[ServerProcess]:
         server.close()
 
 
+@contextmanager
+def killed_after(process: "subprocess.Popen[str]") -> Iterator[None]:
+    """Whatever happened in the block, the process does not outlive it."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 def environment(settings: Mapping[str, object]) -> dict[str, str]:
     """Ours, with "section.field" settings as variables, one thread, and nothing of the caller's own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("QUICKCHANGE_")}

@@ -172,7 +172,7 @@ def test_both_folders_are_looked_at_before_anybody_is_asked(
     command = ["evaluate", "--data", str(data), "--base", str(base), "--quantization", "none"]
     command += ["--adapter", str(folder), "--against", str(tmp_path / "no-such"), "--engine", "reference"]
     assert main(command) == 1
-    assert "adapter_config.json is missing" in capsys.readouterr().err
+    assert f"{tmp_path / 'no-such'} is not a folder" in capsys.readouterr().err
 
 
 def test_another_base_is_noticed_before_anybody_is_asked(

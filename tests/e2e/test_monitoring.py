@@ -10,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import yaml
 
-from quickchange import QuickchangeError
+from quickchange import QuickchangeError, tls_credentials
+from tests.e2e.certificates import Authority
 from tests.e2e.process import ServerProcess, eventually, running
 from tests.e2e.prometheus import ask, scraping, tool
 
@@ -101,19 +103,27 @@ def observed(
         "engine.adapter_device_bytes": largest,
         "metrics.lora_info_gauge": "on",
     }
+    authority = Authority(folder, "ours")
+    pair = authority.pair("server")
+    flags = ("--tls-cert", str(pair.cert), "--tls-key", str(pair.key))
     with (
-        running(ServerProcess(base, folder / "store", settings)) as server,
+        running(ServerProcess(base, folder / "store", settings, flags=flags)) as server,
         scraping(shipped_config(server, folder), folder) as address,
     ):
         # The first scrape is before the load, as it would be at any server: a rate needs two.
         eventually(lambda: _value(address, "quickchange_engine_up"), 30)
-        _load(server, adapters, seconds=15)
+        _load(server, tls_credentials(authority.file), adapters, seconds=15)
         eventually(lambda: _value(address, "instance:quickchange_adapter_load_seconds:p99_5m"), 30)
         yield address
 
 
-def _load(server: ServerProcess, adapters: Mapping[str, Path], seconds: float) -> None:
-    with server.client() as client:
+def _load(
+    server: ServerProcess,
+    credentials: grpc.ChannelCredentials,
+    adapters: Mapping[str, Path],
+    seconds: float,
+) -> None:
+    with server.client(credentials=credentials) as client:
         for name, path in adapters.items():
             client.adapters.push(path, name)
         names = ["", *adapters, "nobody"]

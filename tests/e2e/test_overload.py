@@ -61,6 +61,9 @@ def queue(client: Client, streams: ExitStack, prompt: list[int]) -> None:
 def test_limits_of_one_request(start: StartServer) -> None:
     server = start(engine__max_prompt_tokens=50, engine__max_new_tokens=20, engine__max_answers=2)
     with hasty(server) as client:
+        told = client.server_info().limits
+        assert (told.max_prompt_tokens, told.max_new_tokens, told.max_answers) == (50, 20, 2)
+        assert told.max_waiting_tokens is None
         for options, field in (
             ({"prompt": [7] * 51}, "prompt"),
             ({"prompt": PROMPT, "max_new_tokens": 21}, "sampling.max_new_tokens"),
@@ -79,6 +82,7 @@ def test_limits_of_one_request(start: StartServer) -> None:
 def test_prompts_that_wait_are_limited_by_their_tokens(start: StartServer) -> None:
     server = start(engine__max_waiting_tokens=100)
     with hasty(server) as client, all_running(client) as streams:
+        assert client.server_info().limits.max_waiting_tokens == 100
         queue(client, streams, [7] * 150)  # longer than all that may wait, but nothing else does
         with pytest.raises(ResourceExhaustedError) as caught:
             client.generate([8] * 10, max_new_tokens=1)

@@ -1,8 +1,11 @@
-"""Uploads that break and go on: cut sockets, dead connections, killed servers; and how large they may be."""
+"""Transfers that break and go on: cut sockets, dead connections, killed servers and clients; their memory."""
 
 import hashlib
 import itertools
 import random
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,10 +18,13 @@ import pytest
 from quickchange import AsyncClient, Client, NotFoundError, UnavailableError
 from quickchange.adapter_client import AdapterClient
 from quickchange.calls import Calls
+from quickchange.cli import main
+from quickchange.commands.output import size
 from quickchange.connection import Endpoint
+from quickchange.partial import partial_of
 from quickchange.upload import UploadPlan
 from quickchange.v1 import adapters_pb2, adapters_pb2_grpc
-from tests.e2e.process import ServerProcess, eventually, running
+from tests.e2e.process import ServerProcess, environment, eventually, killed_after, running
 from tests.e2e.proxy import cutting
 from tests.e2e.wide import build_wide_model, write_wide_adapter
 
@@ -206,6 +212,49 @@ async def test_the_asyncio_client_s_download_goes_on_too(
             await client.adapters.delete("far-async")
     assert proxy.cuts == 1
     assert_pulled(result.directory, wide_adapter)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_download_whose_process_ends_goes_on_in_another(
+    wide_server: ServerProcess,
+    wide_adapter: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The server is silent after 20 MiB, so that the process is surely amid its download when it is ended."""
+    destination = tmp_path / "far"
+    with connect(wide_server.grpc) as client:
+        client.adapters.push(wide_adapter, "far")
+    budget = {"of_answers": True, "server_notices": False, "client_notices": False}
+    with cutting(wide_server.grpc, [20 * MIB], **budget) as proxy:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "quickchange", *pull(proxy.address, destination)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment({}),
+        )
+        with process, killed_after(process):
+            eventually(lambda: proxy.cuts == 1 and arrived_bytes(destination) > 15 * MIB)
+            process.send_signal(number)
+            said = process.communicate(timeout=30)[1]
+    assert not destination.exists()
+    kept = arrived_bytes(destination)
+    assert (f"what has arrived is in {partial_of(destination)}" in said) == (number == signal.SIGINT)
+    assert main(pull(wide_server.grpc, destination)) == 0
+    assert f"{size(kept)} of it from an earlier pull" in capsys.readouterr().out
+    assert_pulled(destination, wide_adapter)
+    assert [path.name for path in tmp_path.iterdir()] == ["far"]
+    with connect(wide_server.grpc) as client:
+        client.adapters.delete("far")
+
+
+def pull(address: str, destination: Path) -> list[str]:
+    return ["adapters", "pull", "far", str(destination), "--server", address]
+
+
+def arrived_bytes(destination: Path) -> int:
+    return sum(path.stat().st_size for path in partial_of(destination).glob("adapter_*"))
 
 
 def test_a_download_of_what_was_deleted_meanwhile_fails_and_leaves_nothing(

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from server.setting_sources import settings_from
 from tests.e2e.certificates import Authority, Pair
 from tests.e2e.conftest import SMALL
 from tests.e2e.process import ServerProcess, environment, eventually, running
+from tests.server.promised import CERTIFICATE, found_in
 
 PROMPT = "hello"
 
@@ -99,6 +102,13 @@ def test_both_clients_and_the_command_line_speak_it(server: ServerProcess, ours:
     assert asked.returncode == 0, asked.stderr
 
 
+def test_when_the_certificate_expires_is_measured(server: ServerProcess) -> None:
+    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as answer:
+        assert found_in(answer.read().decode()).items() >= CERTIFICATE.items()
+    expires_s = server.scrape()["quickchange_certificate_expiry_timestamp_seconds"]
+    assert time.time() < expires_s < time.time() + 86400
+
+
 async def test_the_client_for_asyncio_speaks_it(server: ServerProcess, ours: Authority) -> None:
     async with AsyncClient(server.grpc, credentials=tls_credentials(ours.file)) as client:
         assert (await client.generate(PROMPT, max_new_tokens=2)).token_ids
@@ -129,6 +139,27 @@ def test_a_certificate_for_another_name_is_not_trusted(mutual: ServerProcess, ou
         pytest.raises(UnavailableError, match="is for another name"),
     ):
         client.server_info()
+
+
+def test_a_certificate_may_be_for_a_name_that_is_told(
+    mutual: ServerProcess, ours: Authority, theirs: Authority
+) -> None:
+    """As the health check of a container asks: at 127.0.0.1, whatever name the certificate has."""
+    pair = theirs.pair("probe")
+    credentials = tls_credentials(ours.file, pair.cert, pair.key)
+    with mutual.client(credentials=credentials, server_name="localhost") as client:
+        assert client.is_serving()
+    files = {
+        "QUICKCHANGE_SERVER": mutual.grpc,
+        "QUICKCHANGE_SERVER_CA": ours.file,
+        "QUICKCHANGE_CLIENT_CERT": pair.cert,
+        "QUICKCHANGE_CLIENT_KEY": pair.key,
+    }
+    asked = command("health", **files, QUICKCHANGE_SERVER_NAME="localhost")
+    assert (asked.returncode, asked.stdout) == (0, "serving\n"), asked.stderr
+    asked = command("health", "--tls-name", "elsewhere", **files, QUICKCHANGE_SERVER_NAME="localhost")
+    assert asked.returncode == 1
+    assert "say which with --tls-name" in asked.stderr
 
 
 def test_plain_text_gets_nowhere_and_is_told_why(server: ServerProcess) -> None:
@@ -269,7 +300,8 @@ def test_a_certificate_that_clients_will_refuse_is_a_warning(
     for days, warned in ((1, False), (-1, True)):
         pair = ours.pair("dated", days=days)
         with caplog.at_level(logging.WARNING):
-            ServerCertificates(TlsSettings(pair.cert, pair.key), lambda _: None)
+            certificates = ServerCertificates(TlsSettings(pair.cert, pair.key), lambda _: None)
+        assert certificates.expires_s == (0 if warned else pytest.approx(time.time() + 86400, abs=60))
         assert ("clients will refuse the certificate" in caplog.text) == warned
     assert "certificate has expired; renew it" in caplog.text
 

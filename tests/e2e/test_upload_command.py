@@ -1,6 +1,5 @@
 """A `push` that breaks or is interrupted, `--resume` and `cancel-upload`: the commands, at a real server."""
 
-import contextlib
 import itertools
 import re
 import signal
@@ -17,7 +16,7 @@ from quickchange import Client
 from quickchange.cli import main
 from quickchange.upload import CHUNK_BYTES, UploadPlan
 from tests.adapters.builders import make_adapter
-from tests.e2e.process import ServerProcess, environment, eventually
+from tests.e2e.process import ServerProcess, environment, eventually, killed_after
 from tests.e2e.proxy import CuttingProxy, cutting
 from tests.e2e.uploading import shelf
 
@@ -63,15 +62,6 @@ def push_in_part(proxy: CuttingProxy, folder: Path, capsys: pytest.CaptureFixtur
     hint, error = capsys.readouterr().err.splitlines()
     assert HINT.fullmatch(hint)[1] == UPLOAD_ID  # type: ignore[index]  # or the test fails
     assert error.startswith("error: ")
-
-
-@contextlib.contextmanager
-def killed_after(process: "subprocess.Popen[str]") -> Iterator[None]:
-    """Whatever happened in the block, the process does not outlive it."""
-    try:
-        yield
-    finally:
-        process.kill()
 
 
 def test_resume_sends_only_what_is_missing(

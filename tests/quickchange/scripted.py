@@ -247,7 +247,9 @@ class Server(server_pb2_grpc.ServerServiceServicer):
             quantization="nf4",
             device="cpu",
             dtype="float32",
-            limits=server_pb2.Limits(max_context_tokens=512, max_upload_bytes=2**31),
+            limits=server_pb2.Limits(
+                max_context_tokens=512, max_upload_bytes=2**31, max_new_tokens=128, max_answers=4
+            ),
             capacity=server_pb2.Capacity(kv_tokens_total=4096, kv_tokens_free=4000),
             steps=server_pb2.StepStatistics(steps=10, mixed_steps=4, max_adapters_in_step=3),
             merged=self.script.merged,

@@ -1,4 +1,4 @@
-"""Uploading, downloading and naming adapters with the blocking client: real files, a real socket."""
+"""Uploading and naming adapters with the blocking client: real files, a real socket."""
 
 import hashlib
 import os
@@ -18,15 +18,10 @@ from quickchange import (
     Client,
     DataLossError,
     Residency,
-    UnavailableError,
 )
-from quickchange.connection import Endpoint
-from quickchange.download import Download
 from quickchange.upload import CHUNK_BYTES
 from quickchange.v1 import adapters_pb2
-from tests.quickchange.scripted import DIGEST, Script, downloaded, queue_full, rich
-
-Messages = list[adapters_pb2.DownloadAdapterResponse]
+from tests.quickchange.scripted import DIGEST, Script, queue_full, rich
 
 
 def test_push_sends_the_allowed_files_with_their_checksums(
@@ -169,133 +164,6 @@ def test_push_notices_a_file_that_changes_meanwhile(
 
     with pytest.raises(DataLossError, match="changed while it was uploaded"):
         client.adapters.push(folder, "sql", progress=rewrite)
-
-
-def test_pull_writes_what_was_promised(client: Client, script: Script, tmp_path: Path) -> None:
-    script.files = {"adapter_config.json": b"{}", "adapter_model.safetensors": os.urandom(5000)}
-    steps: list[tuple[int, int]] = []
-    target = tmp_path / "new" / "sql"
-    result = client.adapters.pull("sql:prod", target, progress=lambda *step: steps.append(step))
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == script.files
-    assert (result.adapter.reference, result.directory, result.size_bytes) == ("sql@3", target, 5002)
-    assert steps[-1] == (5002, 5002)
-    assert script.requests[0].adapter == "sql:prod"
-    assert [path.name for path in target.parent.iterdir()] == ["sql"]
-
-
-def test_pull_into_an_empty_folder(client: Client, script: Script, tmp_path: Path) -> None:
-    script.files = {"adapter_config.json": b"{}"}
-    client.adapters.pull("sql", tmp_path)
-    assert (tmp_path / "adapter_config.json").read_bytes() == b"{}"
-
-
-def test_pull_never_overwrites(client: Client, script: Script, folder: Path) -> None:
-    before = sorted(path.name for path in folder.iterdir())
-    with pytest.raises(AdapterDirectoryError, match="not an empty folder"):
-        client.adapters.pull("sql", folder)
-    with pytest.raises(AdapterDirectoryError, match="not an empty folder"):
-        client.adapters.pull("sql", folder / "adapter_config.json")
-    assert sorted(path.name for path in folder.iterdir()) == before
-    assert script.requests == []
-
-
-def _flip_data(messages: Messages) -> None:
-    messages[1].chunk.data = bytes([messages[1].chunk.data[0] ^ 1]) + messages[1].chunk.data[1:]
-
-
-def _flip_data_and_crc(messages: Messages) -> None:
-    _flip_data(messages)
-    messages[1].chunk.crc32c = google_crc32c.value(messages[1].chunk.data)
-
-
-def _skip_chunk(messages: Messages) -> None:
-    del messages[2]
-
-
-def _cut_end(messages: Messages) -> None:
-    del messages[-1]
-
-
-def _repeat_last(messages: Messages) -> None:
-    extra = adapters_pb2.DownloadAdapterResponse()
-    extra.CopyFrom(messages[-1])
-    extra.chunk.write_offset += len(extra.chunk.data)
-    messages.append(extra)
-
-
-def _escape(messages: Messages) -> None:
-    messages[0].header.files[0].name = "../escaped"
-
-
-def _list_twice(messages: Messages) -> None:
-    messages[0].header.files.append(messages[0].header.files[0])
-
-
-def _second_header(messages: Messages) -> None:
-    messages.append(messages[0])
-
-
-def _unlisted_file(messages: Messages) -> None:
-    messages[1].chunk.file_index = 7
-
-
-def _only_chunks(messages: Messages) -> None:
-    del messages[0]
-
-
-def test_a_download_goes_on_with_the_same_adapter_only(tmp_path: Path) -> None:
-    one = downloaded({"adapter_model.safetensors": b"a" * 2500})
-    other = downloaded({"adapter_model.safetensors": b"b" * 2500})
-    cut = UnavailableError("cut")
-    attempts = Endpoint.resolve("x:1", None, None, timeout_s=9, retry_window_s=9).attempts(repeatable=True)
-    with Download(tmp_path / "sql") as download:
-        assert download.request("sql").adapter == "sql"
-        with pytest.raises(UnavailableError):
-            download.after(cut, attempts)  # nothing began: the stream's own attempts are over
-        for message in one[:2]:
-            download.receive(message)
-        assert download.after(cut, attempts) is not attempts  # it got further
-        again = download.request("sql")
-        assert (again.adapter, list(again.committed_offsets)) == ("sql@3", [1000])
-        with pytest.raises(DataLossError, match="went on with another adapter"):
-            download.receive(other[0])
-        download.request("sql")
-        for message in (one[0], *one[2:]):
-            download.receive(message)
-        download.commit()
-    assert (tmp_path / "sql" / "adapter_model.safetensors").read_bytes() == b"a" * 2500
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        _flip_data,
-        _flip_data_and_crc,
-        _skip_chunk,
-        _cut_end,
-        _repeat_last,
-        _escape,
-        _list_twice,
-        _second_header,
-        _unlisted_file,
-        _only_chunks,
-    ],
-)
-def test_pull_keeps_nothing_of_a_broken_download(
-    client: Client, script: Script, tmp_path: Path, spoil: Callable[[Messages], None]
-) -> None:
-    script.download = downloaded({"adapter_model.safetensors": os.urandom(2500)})
-    spoil(script.download)
-    with pytest.raises(DataLossError, match="the download"):
-        client.adapters.pull("sql", tmp_path / "sql")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_pull_of_nothing_leaves_no_folder(client: Client, script: Script, tmp_path: Path) -> None:
-    script.failures = [rich(grpc.StatusCode.NOT_FOUND, "no adapter sql", "ADAPTER_NOT_FOUND")]
-    with pytest.raises(quickchange.NotFoundError):
-        client.adapters.pull("sql", tmp_path / "sql")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_get_decodes_every_field(client: Client) -> None:

@@ -291,6 +291,7 @@ def test_info(run: Run) -> None:
     _, out, _ = run("info")
     assert "base         tiny (nf4, float32 on cpu)" in out
     assert "4 mixed adapters (up to 3 at once)" in out
+    assert "512 tokens; a prompt up to all of it, an answer up to 128, 4 answers to a request" in out
     assert json.loads(run("info", "--json")[1])["limits"]["max_context_tokens"] == 512
     assert "merged" not in out
 

@@ -18,6 +18,7 @@ from adapters.errors import UnsupportedBaseError
 from quickchange.cli import main
 from quickchange.commands import train
 from quickchange.commands.failure import CommandError, needs_extra
+from quickchange.upload import REQUIRED_FILES
 from server.config import ServerSettings
 from server.setting_sources import all_settings
 from tests.models import build_tiny_model
@@ -53,10 +54,12 @@ sys.exit(main(sys.argv[1:]))
         (("export", "--format", "gguf", "--model", "x", "--out", "y"), "train"),
     ],
 )
-def test_without_the_extra_the_command_says_what_to_install(argv: tuple[str, ...], extra: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *argv], capture_output=True, text=True, check=False
-    )
+def test_without_the_extra_the_command_says_what_to_install(
+    argv: tuple[str, ...], extra: str, tmp_path: Path
+) -> None:
+    _adapter_folder(tmp_path / "y")
+    command = [sys.executable, "-c", WITHOUT_TORCH, *argv]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 1
     assert result.stderr.startswith("error: this command needs the package ")
     assert result.stderr.endswith(f"pip install 'quickchange[{extra}]'\n")
@@ -280,7 +283,7 @@ def test_merge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
     shard_sizes: list[int] = []
 
     monkeypatch.setattr(training.merge, "merge_adapter", merged)
-    argv = ("merge", "--adapter", "a", "--dtype", "float32")
+    argv = ("merge", "--adapter", str(_adapter_folder(tmp_path / "a")), "--dtype", "float32")
     assert main((*argv, "--base", "b", "--out", "o")) == 0
     assert capsys.readouterr().out == "o: 7 layers changed, |ΔW| 1.25, float32\n"
     assert main((*argv, "--base", "odd", "--out", "o")) == 1
@@ -292,3 +295,31 @@ def test_merge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit):
         main((*argv, "--base", "b", "--out", "o", "--shard-size", "0GB"))
     assert "'0GB' is no size such as 5GB or 500MiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("merge", "--base", "x", "--out", "z"),
+        ("certify", "--base", "x", "--merged", "z", "--data", "rows"),
+        ("combine", "--base", "x", "--out", "z"),
+        ("export", "--format", "peft", "--out", "z"),
+        ("export", "--format", "gguf-lora", "--base", "x", "--out", "z"),
+    ],
+)
+def test_a_folder_without_an_adapter_is_named(
+    command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, complaint in ((tmp_path / "none", "is not a folder"), (tmp_path, "has no adapter_config")):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--adapter", str(folder)])
+        assert ended.value.code == 2
+        assert f"argument --adapter: {folder} {complaint}" in capsys.readouterr().err
+
+
+def _adapter_folder(path: Path) -> Path:
+    """As far as a command looks at it before somebody opens its files."""
+    path.mkdir()
+    for name in REQUIRED_FILES:
+        (path / name).touch()
+    return path

@@ -70,11 +70,15 @@ PROMISED: Mapping[str, Promise] = {
         },
     ),
 }
-"""The whole interface but the LoRA info gauge."""
+"""The whole interface, but for the two below."""
 
 LORA_INFO: Mapping[str, Promise] = _all(
     "gauge", {"lora_requests_info": ("max_lora", "running_lora_adapters", "waiting_lora_adapters")}
 )
+
+
+CERTIFICATE: Mapping[str, Promise] = _all("gauge", {"certificate_expiry_timestamp_seconds": ()})
+"""Of a server that speaks TLS."""
 
 
 def found_in(page: str) -> dict[str, Promise]:

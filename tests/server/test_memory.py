@@ -2,10 +2,11 @@
 
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
+from adapters import host_memory
+from adapters.host_memory import HostMemory
 from adapters.tier import TierBudgets
 from server.config import GIB, MIB, EngineSettings
 from server.memory import plan_memory
@@ -16,8 +17,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture(autouse=True)
 def free(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host with 32 GiB free, and a GPU with 10."""
-    there = type("Memory", (), {"available": 32 * GIB})
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: there)
+    monkeypatch.setattr(host_memory, "now", lambda: HostMemory(32 * GIB, 64 * GIB))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 16 * GIB))
 
 
@@ -33,8 +33,7 @@ def test_a_gpu_has_a_host_tier_and_a_cpu_has_none() -> None:
 
 
 def test_a_very_large_host_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = type("Memory", (), {"available": 1024 * GIB})
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: there)
+    monkeypatch.setattr(host_memory, "now", lambda: HostMemory(1024 * GIB, 1024 * GIB))
     assert adapters(CUDA).host_bytes == 16 * GIB
 
 

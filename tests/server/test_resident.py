@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from adapters import host_memory
 from adapters.base import Base
 from adapters.bundle import Bundle
 from adapters.errors import AdapterCorruptError, AdapterError
 from adapters.files import ADAPTER_FILES, WEIGHTS_FILE
 from adapters.fingerprint import fingerprint_of
+from adapters.host_memory import HostMemory
 from adapters.measures import stored_digest
 from adapters.native import NativeLinear
 from adapters.remote import RemotePlace
@@ -243,13 +244,13 @@ def test_without_room_it_says_how_much_is_needed(
         return str(refusal.value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 0}))
+        patch.setattr(host_memory, "now", lambda: HostMemory(0, MIB))
         assert "of memory while it is folded in, and 0 MiB are free" in refused()
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
         assert f"of disk in {tmp_path}" in refused()
     load_merged(settings, store)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": MIB // 8}))
+    monkeypatch.setattr(host_memory, "now", lambda: HostMemory(MIB // 8, MIB))
     assert "of cpu memory, not quantized, and 0 MiB are free" in refused()
 
 
