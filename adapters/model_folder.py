@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from adapters.base import Base
 from adapters.errors import BaseModelError
@@ -92,16 +93,19 @@ def untie(model: Any, head: nn.Module) -> None:
     model.all_tied_weights_keys = {}
 
 
-def stored_weights(folder: Path) -> Callable[[str, Tensor], Tensor]:
+def stored_weights(folder: Path, model: Any) -> Callable[[str, Tensor], Tensor]:
     """Reads one weight of a model folder at a time, as it is stored: by its name, of the shape of another.
+
+    Args:
+        model: of the same architecture; what it calls a weight may have another name in files.
 
     Raises:
         BaseModelError: the folder has no weights; on reading, it has no such one.
     """
-    stored = all_weights(folder)
+    stored, names_in_files = all_weights(folder), _names_in_files(model)
 
     def read(name: str, like: Tensor) -> Tensor:
-        shape = "is missing"
+        shape, name = "is missing", names_in_files.get(name, name)
         if name in stored:
             weight = read_weight(stored[name])
             if weight.shape == like.shape:
@@ -112,6 +116,14 @@ def stored_weights(folder: Path) -> Callable[[str, Tensor], Tensor]:
         )
 
     return read
+
+
+def _names_in_files(model: Any) -> dict[str, str]:
+    """By transformers' rules for saving; without weights that are saved in parts, or as a part of others."""
+    state = {name: weight.to("meta") for name, weight in model.state_dict().items()}
+    names = {id(weight): name for name, weight in state.items()}
+    saved = revert_weight_conversion(model, state)
+    return {names[id(weight)]: stored for stored, weight in saved.items() if id(weight) in names}
 
 
 @contextmanager

@@ -66,6 +66,7 @@ from server.services.server_info import ServerService, facts_of
 from server.services.tls import ServerCertificates
 from server.services.uploads import MAX_CHUNK_BYTES
 from server.services.workers import Workers
+from server.supervisor import Supervisor
 from server.tracing import TracingError, tracer_for
 from server.watchdog import Watchdog, end_within, exit_now
 
@@ -158,6 +159,7 @@ class Server:
         self._told_to_stop = asyncio.Event()
         self._ready = self._doubted = self._engine_died = False
         self._watchdog: Watchdog | None = None
+        self._supervisor = Supervisor()
         self._showing: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
@@ -166,7 +168,10 @@ class Server:
         Raises:
             StartError
         """
-        sweeping = asyncio.create_task(self._desk.sweep())
+        aside = [
+            asyncio.create_task(self._desk.sweep()),
+            asyncio.create_task(self._supervisor.show_life()),
+        ]
         try:
             await self._start_engine()
             endpoint = self._start_metrics()
@@ -179,6 +184,7 @@ class Server:
                 f"metrics={address_of(self._settings.metrics.host, endpoint.port)}",
                 flush=True,
             )
+            self._supervisor.tell_ready()
             await self._told_to_stop.wait()
             await self._drain()
             await rpc_server.stop(_FLUSH_S)
@@ -187,8 +193,9 @@ class Server:
             if self._engine.hangs:
                 log.error("stopped; a thread that hangs is left behind")
                 exit_now()
-            sweeping.cancel()
-            await asyncio.wait([sweeping])
+            for task in aside:
+                task.cancel()
+            await asyncio.wait(aside)
             await self._engine.stop(0)
             if self._tracer is not None:
                 await asyncio.to_thread(self._tracer.close)
@@ -328,6 +335,7 @@ class Server:
 
     async def _drain(self) -> None:
         """Admits nothing new, and lets what runs end within the grace; nothing runs on a dead engine."""
+        self._supervisor.tell_stopping()
         await self._show_health()
         self._engine.drain()
         self._desk.close()

@@ -11,7 +11,7 @@ class Row:
     """Tokens [start, start + count) of a sequence, by position.
 
     Attributes:
-        samples: the last of them yields the sequence's next token.
+        samples: after so many of its last ones a token of the answer is chosen, or judged if it is given.
     """
 
     sequence: Sequence
@@ -19,8 +19,8 @@ class Row:
     count: int
 
     @property
-    def samples(self) -> bool:
-        return self.start + self.count == len(self.sequence.token_ids)
+    def samples(self) -> int:
+        return max(0, self.start + self.count - max(self.start, self.sequence.reported - 1))
 
     @property
     def route(self) -> tuple[int, float]:

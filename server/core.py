@@ -239,9 +239,9 @@ class EngineCore:
         return failure
 
     def _advance(self, batch: Batch, scores: Scores) -> None:
-        generations = [self._generations[row.sequence] for row in batch.rows if row.samples]
-        choices = self._choose(scores, [generation.sample_row() for generation in generations])
-        for generation, choice in zip(generations, choices, strict=True):
+        places = [(self._generations[row.sequence], at) for row in batch.rows for at in range(row.samples)]
+        choices = self._choose(scores, [generation.sample_row(at) for generation, at in places])
+        for (generation, _), choice in zip(places, choices, strict=True):
             if generation.sequence.phase is Phase.FINISHED:
                 continue  # a sibling in the same step failed, and the request with it
             if isinstance(choice, RequestFailedError):

@@ -323,7 +323,12 @@ class Engine:
             )
         if request.deadline_s is not None and time.monotonic() >= request.deadline_s:
             raise DeadlineError("the deadline passed before the request was queued")
-        unknown = [t for t in request.prompt_token_ids if not 0 <= t < self._core.vocab_size]
+        if count + len(request.given) > limit:
+            raise InvalidRequestError(
+                "given", f"has {len(request.given)} tokens after {count} of prompt; the context holds {limit}"
+            )
+        tokens = (*request.prompt_token_ids, *request.given)
+        unknown = [token for token in tokens if not 0 <= token < self._core.vocab_size]
         if unknown:
             raise InvalidRequestError(
                 "prompt.token_ids", f"{unknown[0]} is not a token; ids are 0 to {self._core.vocab_size - 1}"

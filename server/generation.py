@@ -46,23 +46,34 @@ class Generation:
     def request(self) -> Request:
         return self.sequence.request
 
-    def sample_row(self) -> SampleRow:
-        """What the sampler needs for this sequence's next token."""
+    def sample_row(self, ahead: int) -> SampleRow:
+        """What the sampler needs for this sequence's next token.
+
+        Args:
+            ahead: so many tokens before it, which are given, are judged in the same step.
+        """
         sequence = self.sequence
         uniform = uniform_of(self._seed, self.index, sequence.output_length)
-        return SampleRow(self.request.sampling, self.request.prompt_token_ids, sequence.output_ids, uniform)
+        return SampleRow(
+            self.request.sampling,
+            self.request.prompt_token_ids,
+            sequence.output_ids,
+            uniform,
+            sequence.given_after(ahead),
+        )
 
     def accept(self, choice: Choice, eos_token_ids: frozenset[int]) -> tuple[float | None, list[TokenEvent]]:
         """Takes the chosen token.
 
         Returns:
-            Seconds since the previous token (None for the first), and the events, which end with Finished if
-            this token was the last.
+            Seconds since the previous token (None for the first, and for one that was given), and the events,
+            which end with Finished if this token was the last.
         """
         assert choice.token_id is not None
         now_s, sequence = time.monotonic(), self.sequence
-        sequence.token_ids.append(choice.token_id)
-        gap_s = None if self._last_token_s is None else now_s - self._last_token_s
+        sequence.take(choice.token_id)
+        began_s = None if self.request.given else self._last_token_s
+        gap_s = None if began_s is None else now_s - began_s
         self._last_token_s = now_s
         events: list[TokenEvent] = []
         if self._first_token_s is None:

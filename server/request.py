@@ -116,6 +116,8 @@ class Request:
         merged: what is in the base's weights already, and is told and counted like an adapter; None if
             nothing is, or if another adapter is applied.
         adapter_scale: multiplies the adapter's update.
+        given: the answer, if it is not to be chosen but judged: each of its tokens is reported with its
+            log-probability and the likeliest alternatives, all of them computed as a prompt is.
         n: answers wanted, each with random numbers of its own.
         priority: larger goes first.
         cache_salt: keys and values are shared only with requests of the same salt, and of the same tenant.
@@ -133,6 +135,7 @@ class Request:
     adapter: AdapterIdentity | None = None
     merged: AdapterIdentity | None = None
     adapter_scale: float = 1.0
+    given: tuple[int, ...] = ()
     n: int = 1
     priority: int = 0
     cache_salt: str = ""
@@ -148,11 +151,26 @@ class Request:
     def __post_init__(self) -> None:
         _require_range("adapter_scale", self.adapter_scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
         _require(self.n >= 1, "sampling.n", f"is {self.n}, must be at least 1")
+        _require(not self.given or self._is_judging, "given", "is an answer that nothing may end or change")
         _require_range("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
         _require(
             len(self.cache_salt) <= _MAX_SALT_CHARACTERS,
             "cache_salt",
             f"has {len(self.cache_salt)} characters, at most {_MAX_SALT_CHARACTERS} are allowed",
+        )
+
+    @property
+    def _is_judging(self) -> bool:
+        """Whether nothing is asked for that a given answer could not be."""
+        sampling = self.sampling
+        return (
+            sampling.logprobs is not None
+            and sampling.takes_likeliest
+            and sampling.ignore_eos
+            and not sampling.stop
+            and not sampling.stop_token_ids
+            and sampling.max_new_tokens == len(self.given)
+            and self.n == 1
         )
 
 

@@ -124,8 +124,9 @@ class ModelRunner:
                 layer.v_NSKE.index_fill_(0, index, 0.0)
 
     def _route(self, batch: Batch) -> None:
-        self.slots.routing.segments = _segments((*row.route, row.count) for row in batch.rows)
-        self.slots.head_routing.segments = _segments((*row.route, 1) for row in batch.rows if row.samples)
+        rows, sampling = batch.rows, [row for row in batch.rows if row.samples]
+        self.slots.routing.segments = _segments((*row.route, row.count) for row in rows)
+        self.slots.head_routing.segments = _segments((*row.route, row.samples) for row in sampling)
 
     def _can_screen(self, batch: Batch) -> bool:
         """Whether all rows want their likeliest token alone, few enough that reading the head is the work."""
@@ -196,8 +197,7 @@ def _flatten(batch: Batch) -> tuple[list[int], list[int], list[int]]:
         end = row.start + row.count
         token_ids.extend(row.sequence.token_ids[row.start : end])
         positions.extend(range(row.start, end))
-        if row.samples:
-            sample_rows.append(len(token_ids) - 1)
+        sample_rows.extend(range(len(token_ids) - row.samples, len(token_ids)))
     return token_ids, positions, sample_rows
 
 

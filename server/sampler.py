@@ -49,12 +49,14 @@ class SampleRow:
 
     Attributes:
         uniform: in [0, 1), from the request's own generator; greedy rows do not use it.
+        given: the token to judge, which is not chosen; None for one that is.
     """
 
     params: SamplingParams
     prompt_ids: Items[int]
     output_ids: Items[int]
     uniform: float
+    given: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def sample(scores: Scores, rows: Items[SampleRow]) -> list[Choice]:
 
 def _beyond_likeliest(greedy_S: Tensor, logits_SV: Tensor, rows: Items[SampleRow]) -> Iterator[Tensor]:
     """What else is to be known of each row, in the order in which `_choice` takes it."""
-    others = _other_than_greedy(logits_SV, rows)
+    others = _other_than_greedy(logits_SV, rows) | _given(logits_SV, rows)
     for index, row in enumerate(rows):
         token = others.get(index)
         if token is not None:
@@ -109,13 +111,22 @@ def _other_than_greedy(logits_SV: Tensor, rows: Items[SampleRow]) -> dict[int, T
     return by_row | likeliest
 
 
+def _given(logits_SV: Tensor, rows: Items[SampleRow]) -> dict[int, Tensor]:
+    return {
+        index: torch.tensor(row.given, device=logits_SV.device)
+        for index, row in enumerate(rows)
+        if row.given is not None
+    }
+
+
 def _draw_of(row: SampleRow) -> Draw:
     params = row.params
     return Draw(params.temperature, params.top_k, params.top_p, params.min_p, row.uniform)
 
 
 def _choice(greedy: int, row: SampleRow, rest: Iterator[float]) -> Choice:
-    token = greedy if row.params.takes_likeliest else int(next(rest))
+    is_greedy = row.params.takes_likeliest and row.given is None
+    token = greedy if is_greedy else int(next(rest))
     logprob = None
     if (count := row.params.logprobs) is not None:
         own, ids, values = next(rest), [*islice(rest, count)], [*islice(rest, count)]

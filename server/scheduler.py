@@ -295,10 +295,10 @@ class Scheduler:
         return True
 
     def _known_keys(self, sequence: Sequence) -> list[BlockKey]:
-        """Keys of its full blocks, without the newest token: that one must be computed to go on from."""
+        """Keys of its full blocks up to the last token reported: from that one on it must be computed."""
         if sequence.chain is None:
             return []
-        full = (len(sequence.token_ids) - 1) // self.blocks.block_tokens
+        full = (sequence.reported - 1) // self.blocks.block_tokens
         return sequence.chain.keys(sequence.token_ids, full)
 
 

@@ -22,7 +22,8 @@ class Sequence:
 
     Attributes:
         number: by age; given by the scheduler.
-        token_ids: prompt, then answer.
+        token_ids: prompt, then answer; of one that is given all that leads to its last token, at once.
+        reported: so many of them are prompt, or have left as an answer.
         computed: so many leading tokens have their keys and values in the cache.
         cached_tokens: so many of the prompt were there already when it was first admitted.
         blocks: indices of its cache blocks, in order of position.
@@ -40,6 +41,7 @@ class Sequence:
     submitted_s: float
     number: int = 0
     token_ids: list[int] = field(init=False)
+    reported: int = field(init=False)
     computed: int = 0
     cached_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -55,7 +57,8 @@ class Sequence:
     admitted_s: float | None = None
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.prompt_token_ids)
+        self.token_ids = [*self.request.prompt_token_ids, *self.request.given[:-1]]
+        self.reported = self.prompt_length
 
     @property
     def digest(self) -> str | None:
@@ -73,11 +76,22 @@ class Sequence:
 
     @property
     def output_length(self) -> int:
-        return len(self.token_ids) - self.prompt_length
+        return self.reported - self.prompt_length
 
     @property
     def output_ids(self) -> list[int]:
-        return self.token_ids[self.prompt_length :]
+        return self.token_ids[self.prompt_length : self.reported]
+
+    def given_after(self, count: int) -> int | None:
+        """Which token comes so many after the last one that was reported; None if it is to be chosen."""
+        place = self.output_length + count
+        return self.request.given[place] if self.request.given else None
+
+    def take(self, token_id: int) -> None:
+        """Reports the next token of the answer."""
+        if self.reported == len(self.token_ids):
+            self.token_ids.append(token_id)
+        self.reported += 1
 
     @property
     def pending(self) -> int:
@@ -92,9 +106,9 @@ class Sequence:
     def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Why its newest token ends it, stop strings aside; None if it goes on."""
         sampling = self.request.sampling
-        newest = self.token_ids[-1]
+        newest = self.token_ids[self.reported - 1]
         if newest in sampling.stop_token_ids or (newest in eos_token_ids and not sampling.ignore_eos):
             return FinishReason.STOP
-        if len(self.token_ids) >= self.max_total_tokens:
+        if self.reported >= self.max_total_tokens:
             return FinishReason.LENGTH
         return None

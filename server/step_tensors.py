@@ -91,7 +91,8 @@ class StepBuffers:
             tables += blocks + blocks[-1:] * (shape.blocks - len(blocks))
         starts = [*accumulate([row.count for row in rows] + [1] * pad, initial=0)]
         lengths = [row.start + row.count for row in rows] + [1] * pad
-        ends = [end - 1 for end, row in zip(starts[1:], rows, strict=False) if row.samples]
+        spans = zip(starts[1:], rows, strict=False)
+        ends = [at for end, row in spans for at in range(end - row.samples, end)]
         zeros, spare = [0] * pad, [self._spare * size] * pad
         ends += [0] * (shape.samples - len(ends))
         tables += [self._spare] * (pad * shape.blocks)

@@ -172,7 +172,7 @@ def _compared(base: Base, adapter: Path, merged: Path, into: Target) -> _Weights
     folding = open_folding(base, adapter)
     fold_in_place(base, folding, into)
     layers, unchanged, dtypes = [], 0.0, set()
-    stored = stored_weights(merged)
+    stored = stored_weights(merged, base.model)
     for name, expected in base.model.named_parameters():
         found = stored(name, expected)
         dtypes.add(str(found.dtype).removeprefix("torch."))

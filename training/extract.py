@@ -178,7 +178,7 @@ def _trained(folder: Path, base: Base) -> Callable[[str, Tensor], Tensor]:
     ours, theirs = (read_config(path).get("architectures") for path in (base.folder, folder))
     if ours != theirs:
         raise BaseModelError(f"{folder} is a {theirs}, {base.name} a {ours}; give the base it was made from")
-    read = stored_weights(folder)
+    read = stored_weights(folder, base.model)
     return lambda name, like: read(name, like).float()
 
 

@@ -34,6 +34,7 @@ def ask_reference(args: argparse.Namespace, cases: "Sequence[Case]") -> Asked:
         args.base,
         purpose="train",
         quantization=args.quantization,
+        double_quantization=args.double_quantization,
         dtype="float32",
         progress=progress_of(args),
     )

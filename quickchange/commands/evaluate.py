@@ -48,6 +48,12 @@ def add_parser(subparsers: "Subparsers") -> None:
         help="of the base given as --base (default: %(default)s); fp4, int8 with --engine reference",
     )
     parser.add_argument(
+        "--double-quantization",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether that base's 4-bit scales are quantised again (yes); not without --engine reference",
+    )
+    parser.add_argument(
         "--engine",
         choices=("server", "reference"),
         default="server",
@@ -116,6 +122,10 @@ def _check_engine(args: argparse.Namespace) -> None:
             raise CommandError(
                 f"no server keeps a base in {args.quantization}; give nf4 or none, or add --engine reference",
                 MISUSED,
+            )
+        if not args.double_quantization:
+            raise CommandError(
+                "no server keeps a base whose scales are not quantised again; add --engine reference", MISUSED
             )
         return
     if args.server is not None:

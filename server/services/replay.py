@@ -1,7 +1,7 @@
-"""Asks a new adapter what its canary says it was asked in training. Knows neither files nor messages.
+"""Has a new adapter judge what its canary says it answered in training. Knows neither files nor messages.
 
-The questions go through the engine like anybody's, a few at a time, behind everybody else's, and with a salt
-of their own, so that nothing they computed can serve another request.
+The questions with their answers go through the engine like anybody's prompts, a few at a time, behind
+everybody else's, and with a salt of their own, so that nothing they computed can serve another request.
 """
 
 import asyncio
@@ -137,20 +137,11 @@ class _Run:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask(self, probe: Probe) -> None:
-        """Compares every position of one probe.
-
-        Where the server prefers another token, which near a tie is no fault, it is asked again with the
-        trainer's: the positions after it are compared too.
-        """
-        at = 0
-        while at < len(probe.steps):
-            async with aclosing(self._answer(probe, at)) as answer:
-                async for logprob in answer:
-                    step = probe.steps[at]
-                    at += 1
-                    self._note(step.difference(dict(logprob.alternatives)))
-                    if logprob.token_id != step.token_id:
-                        break
+        """Compares every position of one probe, given the trainer's tokens before it."""
+        async with aclosing(self._judged(probe)) as judged:
+            steps = iter(probe.steps)
+            async for logprob in judged:
+                self._note(next(steps).difference(dict(logprob.alternatives)))
 
     def _note(self, difference: float) -> None:
         self.compared += 1
@@ -163,9 +154,9 @@ class _Run:
                 "record a new canary by training again, or remove it from quickchange.json"
             )
 
-    async def _answer(self, probe: Probe, at: int) -> AsyncGenerator[TokenLogprob]:
-        """What the server has from a position on, given the trainer's tokens before it."""
-        stream = self._engine.submit(self._request(probe, at))
+    async def _judged(self, probe: Probe) -> AsyncGenerator[TokenLogprob]:
+        """What the server has at each position of the answer."""
+        stream = self._engine.submit(self._request(probe))
         try:
             async for event in stream:
                 if isinstance(event, Failed):
@@ -176,13 +167,13 @@ class _Run:
         finally:
             stream.cancel()
 
-    def _request(self, probe: Probe, at: int) -> Request:
-        known = tuple(step.token_id for step in probe.steps[:at])
+    def _request(self, probe: Probe) -> Request:
         return Request(
             request_id=f"canary-{self._identity.digest[-12:]}",
-            prompt_token_ids=probe.prompt_token_ids + known,
+            prompt_token_ids=probe.prompt_token_ids,
+            given=tuple(step.token_id for step in probe.steps),
             sampling=SamplingParams(
-                max_new_tokens=len(probe.steps) - at, ignore_eos=True, logprobs=MAX_ALTERNATIVES
+                max_new_tokens=len(probe.steps), ignore_eos=True, logprobs=MAX_ALTERNATIVES
             ),
             adapter=self._identity,
             priority=-MAX_PRIORITY,

@@ -1,8 +1,10 @@
 """Going away in order: what runs is finished to the last token, and a restart has what it should have."""
 
+import contextlib
 import signal
+import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +39,33 @@ def rest_of(stream: GenerationStream) -> tuple[int, ...]:
 def asked(client: Client, index: int, tokens: int = TOKENS) -> GenerationStream:
     adapter = "a" if index % 2 else ""
     return client.stream(PROMPTS[index], adapter=adapter, max_new_tokens=tokens, ignore_eos=True)
+
+
+@pytest.fixture
+def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """Listens as systemd does, and wants signs of life from the servers of this test."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "1000000")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(tmp_path / "notify"))
+        listening.setblocking(False)
+        yield listening
+
+
+def told(systemd: socket.socket) -> Iterator[str]:
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            yield systemd.recv(100).decode()
+
+
+def test_systemd_is_told_how_the_server_stands(systemd: socket.socket, own_server: StartServer) -> None:
+    server = own_server()
+    heard = [*told(systemd)]
+    assert heard.count("READY=1") == 1
+    eventually(lambda: "WATCHDOG=1" in told(systemd))  # and again
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert "STOPPING=1" in told(systemd)
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "Drain"])

@@ -144,6 +144,17 @@ def test_the_table_says_who_answered(base: Path, data: Path, capsys: pytest.Capt
     assert "answers: engine reference, base " in capsys.readouterr().out
 
 
+def test_a_base_is_quantised_as_the_adapter_s_was(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheme: dict[str, Any] = {"quantization": "nf4", "double_quantization": False}
+    folder = trained(base, data, tmp_path / "single", "qlora", **scheme)
+    command = ("--data", data, "--base", base, "--adapter", folder, "--engine", "reference", "--rows", 2)
+    evaluated(capsys, *command, "--no-double-quantization")
+    assert main(["evaluate", *map(str, command)]) == 1
+    assert "give the base and quantisation it was trained on" in capsys.readouterr().err
+
+
 # What is refused
 
 
@@ -156,6 +167,7 @@ def test_the_table_says_who_answered(base: Path, data: Path, capsys: pytest.Capt
             ["--base", "x", "--quantization", "int8"],
             "no server keeps a base in int8; give nf4 or none, or add",
         ),
+        (["--base", "x", "--no-double-quantization"], "add --engine reference"),
     ],
 )
 def test_what_does_not_go_together(

@@ -40,6 +40,7 @@ class Ask:
     sampling: SamplingParams | None = None
     adapter_scale: float = 1.0
     priority: int = 0
+    given: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Harness:
             adapter_scale=ask.adapter_scale,
             n=n,
             priority=ask.priority,
+            given=ask.given,
         )
         return self.answers_of(request)
 

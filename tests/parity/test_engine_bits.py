@@ -86,6 +86,33 @@ def test_the_same_bits_however_it_was_served(
     assert any(answer.preemptions for answer in among), "it was never thrown out; make the cache smaller"
 
 
+@pytest.mark.parametrize("adapter", ["", "b"], ids=["base", "adapter"])
+def test_an_answer_that_is_given_is_judged_as_it_was_when_it_was_chosen(
+    harness: Harness, adapter: str
+) -> None:
+    """In chunks of seven, beside others and thrown out by them, and though all of it is in the prefix cache."""
+    chosen = harness.run([Ask(PROMPT, adapter, sampling=GREEDY)])[0]
+    mine = Ask(PROMPT, adapter, sampling=GREEDY, given=chosen.token_ids)
+    alone = harness.run([mine])[0]
+    assert alone.finished.cached_tokens == 32
+    last = replace(mine, arrival=2, priority=-1)
+    among = [harness.run([*others(31, seed), last])[-1] for seed in range(3)]
+    assert [bits(answer) for answer in (alone, *among)] == [bits(chosen)] * 4
+    assert any(answer.preemptions for answer in among), "it was never thrown out; make the cache smaller"
+
+
+def test_of_another_answer_it_says_how_likely_that_is(harness: Harness) -> None:
+    chosen = harness.run([Ask(PROMPT, "a", sampling=GREEDY)])[0]
+    second = chosen.logprobs[5].alternatives[1]
+    given = (*chosen.token_ids[:5], second[0], *chosen.token_ids[6:])
+    judged = harness.run([Ask(PROMPT, "a", sampling=GREEDY, given=given)])[0]
+    assert judged.token_ids == given
+    assert [*judged.logprobs[:5]] == [*chosen.logprobs[:5]]
+    assert (judged.logprobs[5].token_id, judged.logprobs[5].logprob) == second
+    assert judged.logprobs[5].alternatives == chosen.logprobs[5].alternatives
+    assert judged.logprobs[6] != chosen.logprobs[6]
+
+
 def test_answers_of_one_request_are_its_own_draws_and_share_the_prompt(harness: Harness) -> None:
     mine = Ask(PROMPT, "a", sampling=DRAWN)
     several = harness.run_many(mine, n=4)

@@ -209,6 +209,25 @@ def test_all_mixed_in_one_batch_in_any_order(setup: Setup, harness: Harness, see
         assert answer.token_ids == expected(setup, ask), ask
 
 
+def test_answers_that_are_given_have_the_oracles_log_probabilities(setup: Setup, harness: Harness) -> None:
+    """Beside others that are still being answered; any tokens will do as an answer."""
+    asks = [
+        replace(
+            ask,
+            given=tuple(range(40, 40 + count)),
+            sampling=SamplingParams(max_new_tokens=count, logprobs=1, ignore_eos=True),
+        )
+        for ask, count in zip(random_asks(8, seed=5), (1, 2, 5, 9) * 2, strict=True)
+    ]
+    for ask, answer in zip(asks, harness.run([*asks, *random_asks(8, seed=6)])[: len(asks)], strict=True):
+        tokens = (*ask.prompt, *ask.given)
+        found = setup.oracle.logits(tokens, ask.adapter).log_softmax(-1)[len(ask.prompt) - 1 : -1]
+        assert answer.token_ids == ask.given
+        for position, judged in enumerate(answer.logprobs):
+            assert judged.logprob == pytest.approx(float(found[position, judged.token_id]), abs=1e-3)
+            assert judged.alternatives[0][1] == pytest.approx(float(found[position].max()), abs=1e-3)
+
+
 def test_room_for_one_adapter_at_a_time_changes_no_token(setup: Setup, tmp_path: Path) -> None:
     probe = harness_of(setup, tmp_path / "probe")
     sizes = [probe.store.resolve(name).facts.parameter_count * 4 for name in ADAPTERS]

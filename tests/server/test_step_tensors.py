@@ -39,6 +39,24 @@ def test_a_step_with_a_prompt_has_its_own_size() -> None:
     assert plan.max_queries == 3
 
 
+@pytest.mark.parametrize(
+    ("start", "count", "rows"),
+    [(0, 4, []), (0, 5, [4]), (0, 8, [4, 5, 6, 7]), (2, 4, [2, 3]), (5, 3, [0, 1, 2]), (5, 1, [0])],
+)
+def test_an_answer_that_is_given_needs_logits_from_the_prompt_s_end_on(
+    start: int, count: int, rows: list[int]
+) -> None:
+    """A prompt of five tokens, and four that are given, of which the last is not computed."""
+    judging = SamplingParams(max_new_tokens=4, logprobs=0, ignore_eos=True)
+    request = Request("x", (100, 101, 102, 103, 104), judging, given=(105, 106, 107, 108))
+    sequence = Sequence(request, 9, 0.0)
+    sequence.blocks = [0, 1]
+    part = Row(sequence, start, count)
+    tensors = buffers().fill(Batch((part,)))
+    assert tensors.ids_T.tolist() == [100 + start + at for at in range(count)]
+    assert tensors.rows_S.tolist()[: part.samples] == rows
+
+
 def test_padding_belongs_to_nobody_and_writes_where_nobody_reads() -> None:
     tensors = buffers().fill(Batch(tuple(row(4 * index, 1, 10 * index) for index in range(5))))
     plan = tensors.plan

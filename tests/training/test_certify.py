@@ -15,7 +15,7 @@ from adapters.errors import BaseModelError
 from quickchange.cli import main
 from quickchange.commands.certify import CERTIFICATE_FILE, PAGE_FILE
 from tests.adapters.builders import make_adapter
-from tests.models import build_tiny_model
+from tests.models import Architecture, build_tiny_model
 from training.cases import Case
 from training.certificate import Certificate, Distance, LayerError, Thresholds
 from training.certify import certify
@@ -102,6 +102,22 @@ def test_a_good_merge_passes(merged: Path, certified: Callable[[Path], Certifica
     assert len(found.layers) == 14  # seven in each of two layers
     assert all(layer.of_weight < 2**-8 for layer in found.layers)  # bfloat16 has eight bits
     assert found.unchanged_error < 2**-8
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2", "gemma2"])
+def test_weights_are_found_by_the_names_that_files_have(
+    architecture: Architecture, tmp_path: Path, base_cache: Path
+) -> None:
+    """The head has another one there, or a weight lies transposed, or is the embedding's."""
+    folder = build_tiny_model(tmp_path / "tiny", architecture)
+    plain = dequantized_model(str(folder), cache_dir=base_cache, progress=False)
+    adapter = make_adapter(plain, tmp_path / "adapter", target_modules="all-linear")
+    options: dict[str, Any] = {"cache_dir": base_cache, "progress": False}
+    merge_adapter(str(folder), adapter, tmp_path / "merged", dtype="float32", **options)
+    case = Case(Place(1), (turn("user", "What is 1?"),), "one two three")
+    found = certify(str(folder), adapter, tmp_path / "merged", [case], **options)
+    assert found.unchanged_error == 0
+    assert {layer.of_weight for layer in found.layers} == {0}
 
 
 def test_float32_is_the_live_adapter(
