@@ -90,7 +90,7 @@ def test_the_same_bits_however_it_was_served(
 def test_an_answer_that_is_given_is_judged_as_it_was_when_it_was_chosen(
     harness: Harness, adapter: str
 ) -> None:
-    """In chunks of seven, beside others and thrown out by them, and though all of it is in the prefix cache."""
+    """In chunks of seven, beside others and thrown out by them, and though the prefix cache has all of it."""
     chosen = harness.run([Ask(PROMPT, adapter, sampling=GREEDY)])[0]
     mine = Ask(PROMPT, adapter, sampling=GREEDY, given=chosen.token_ids)
     alone = harness.run([mine])[0]
