@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := $(wildcard protos/quickchange/v1/*.proto)
 NATIVE := setup.py $(wildcard kernels/native/*)
+# Tests that run at once, of different files; each has one thread, and so has a server that it starts.
+JOBS ?= 2
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: demo test test-slow lint format protos bench bench-kernels kernels clean install
@@ -29,10 +31,10 @@ kernels:  ## Build the native kernels alone, in place
 demo: $(STAMP)  ## Train adapters, serve them on one base, swap them live; ARGS=--keep leaves the server up
 	$(BIN)/quickchange demo $(ARGS)
 
-test: $(STAMP)  ## Every test that is not slow
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## Every test that is not slow; JOBS=1 runs one at a time
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
-test-slow: $(STAMP)  ## The slow ones too
+test-slow: $(STAMP)  ## The slow ones too, one at a time: some look at memory and time
 	$(BIN)/python -m pytest -m 'not bench' $(ARGS)
 
 bench: $(STAMP)  ## The server beside others: tables, JSON, plots; ARGS=--quick for a short run

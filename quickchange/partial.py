@@ -111,9 +111,13 @@ class PartialFolder:
             raise self._in_the_way("belongs to another user")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_there = os.path.samestat(os.fstat(lock), self.path.lstat())
         except OSError as error:
             os.close(lock)
             raise self._busy() from error
+        if not is_there:  # whoever had it became the destination meanwhile
+            os.close(lock)
+            raise self._busy()
         return lock
 
     def _busy(self) -> AdapterDirectoryError:

@@ -20,15 +20,10 @@ from adapters.errors import AdapterError
 from adapters.store import AdapterStore
 from adapters.tier import Resident, TierName, Whereabouts
 from kernels.library import native
+from server.bounds import RequestBounds
 from server.config import EngineSettings
 from server.core import EngineCore
-from server.errors import (
-    DeadlineError,
-    DrainingError,
-    EngineDownError,
-    InvalidRequestError,
-    QueueFullError,
-)
+from server.errors import DrainingError, EngineDownError, QueueFullError
 from server.generation import Generation, generations_of
 from server.metrics import Metrics
 from server.request import Failed, Request, TokenEvent
@@ -45,7 +40,11 @@ _STOP_POLL_S = 0.02
 
 
 class Engine:
-    """Runs requests on one base, in a thread of its own."""
+    """Runs requests on one base, in a thread of its own.
+
+    Attributes:
+        bounds: what a request may ask for.
+    """
 
     def __init__(
         self,
@@ -76,6 +75,7 @@ class Engine:
         self._changes_shown = 0
         self._core = EngineCore(base, store, settings, metrics, self._wake, tracer)
         self.progress = self._core.progress
+        self.bounds = RequestBounds(settings, self._core.max_context_tokens, self._core.vocab_size)
         self.on_death: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run_thread, name="engine", daemon=True)
 
@@ -91,35 +91,9 @@ class Engine:
         return self._thread.is_alive() and not self._closed
 
     @property
-    def max_context_tokens(self) -> int:
-        """Prompt and answer together: what the base, the settings and the cache allow."""
-        return self._core.max_context_tokens
-
-    @property
     def max_batch_tokens(self) -> int:
         """Tokens of one step at most."""
         return self._core.max_batch_tokens
-
-    def check_allowed(self, request: Request) -> None:
-        """Whether the settings let a caller ask for so much; what the server asks itself is its own business.
-
-        Raises:
-            InvalidRequestError
-        """
-        allowed, prompt_tokens = self._settings, len(request.prompt_token_ids)
-        for field, asked, most in (
-            ("prompt", prompt_tokens, allowed.max_prompt_tokens),
-            ("sampling.max_new_tokens", request.sampling.max_new_tokens, allowed.max_new_tokens),
-            ("sampling.n", request.n, allowed.max_answers),
-        ):
-            if most is not None and asked > most:
-                what = f"has {asked} tokens" if field == "prompt" else f"is {asked}"
-                raise InvalidRequestError(field, f"{what}, must be at most {most} on this server")
-
-    def room_for_answer(self, prompt_tokens: int) -> int:
-        """Tokens that an answer may have at most after such a prompt."""
-        room = self.max_context_tokens - prompt_tokens
-        return min(room, self._settings.max_new_tokens or room)
 
     def submit(self, request: Request) -> RequestStream:
         """Queues a request; call in a running event loop, where its stream will live.
@@ -132,11 +106,11 @@ class Engine:
         """
         prompt_tokens = len(request.prompt_token_ids)
         self.check_open(prompt_tokens)
-        self._check(request)
+        self.bounds.check_possible(request)
         stream = RequestStream(
             asyncio.get_running_loop(), lambda: self._post_if_open(cancel), answers=request.n
         )
-        total = min(len(request.prompt_token_ids) + request.sampling.max_new_tokens, self.max_context_tokens)
+        total = min(prompt_tokens + request.sampling.max_new_tokens, self.bounds.max_context_tokens)
         answers = generations_of(request, stream, self._core.decoder, total)
 
         def cancel() -> None:
@@ -306,33 +280,6 @@ class Engine:
 
     def _bytes_in(self, tier: TierName) -> int:
         return sum(resident.size_bytes for resident in self._residents if resident.tier == tier)
-
-    def _check(self, request: Request) -> None:
-        count, limit = len(request.prompt_token_ids), self.max_context_tokens
-        if count == 0:
-            raise InvalidRequestError("prompt", "has no tokens; send at least one")
-        if count >= limit:
-            raise InvalidRequestError(
-                "prompt", f"has {count} tokens; the context holds {limit}, the answer included"
-            )
-        if request.n > self._settings.max_running_requests:
-            raise InvalidRequestError(
-                "sampling.n",
-                f"is {request.n}, must be at most {self._settings.max_running_requests}, "
-                "which is how many run at once",
-            )
-        if request.deadline_s is not None and time.monotonic() >= request.deadline_s:
-            raise DeadlineError("the deadline passed before the request was queued")
-        if count + len(request.given) > limit:
-            raise InvalidRequestError(
-                "given", f"has {len(request.given)} tokens after {count} of prompt; the context holds {limit}"
-            )
-        tokens = (*request.prompt_token_ids, *request.given)
-        unknown = [token for token in tokens if not 0 <= token < self._core.vocab_size]
-        if unknown:
-            raise InvalidRequestError(
-                "prompt.token_ids", f"{unknown[0]} is not a token; ids are 0 to {self._core.vocab_size - 1}"
-            )
 
     def _enqueue(self, answers: list[Generation]) -> None:
         with self._condition:

@@ -97,10 +97,9 @@ class Admission:
                 f"{canary.base_distance:g}, and rounding explains {canary.tolerance:g}"
             )
         longest = max(len(probe.prompt_token_ids) + len(probe.steps) for probe in canary.probes)
-        if longest > self._engine.max_context_tokens:
-            return (
-                f"it needs a context of {longest} tokens, this server has {self._engine.max_context_tokens}"
-            )
+        context = self._engine.bounds.max_context_tokens
+        if longest > context:
+            return f"it needs a context of {longest} tokens, this server has {context}"
         return ""
 
     async def _replayed(self, digest: str, canary: Canary, report: ValidationReport) -> ValidationReport:

@@ -131,7 +131,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 answerer.check_scale(request.adapter_scale if request.HasField("adapter_scale") else 1.0)
                 prompt = await self._encode(request, answerer, record, with_text=request.output.echo)
                 identity = answerer.identity
-                room_tokens = self._engine.room_for_answer(len(prompt.token_ids))
+                room_tokens = self._engine.bounds.room_for_answer(len(prompt.token_ids))
                 wanted = convert.request_of(
                     request,
                     request_id,
@@ -142,7 +142,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     traceparent=_traceparent_of(context),
                     tenant=known.tenant,
                 )
-                self._engine.check_allowed(wanted)
+                self._engine.bounds.check_allowed(wanted)
                 allowance = known.rates.reserve_tokens(len(prompt.token_ids), _longest(wanted, room_tokens))
                 with allowance.kept_if_all_is_well():
                     stream = self._engine.submit(wanted)

@@ -83,7 +83,7 @@ def facts_of(
 def _limits(settings: ServerSettings, engine: Engine) -> server_pb2.Limits:
     asked = settings.engine
     return server_pb2.Limits(
-        max_context_tokens=engine.max_context_tokens,
+        max_context_tokens=engine.bounds.max_context_tokens,
         max_running_requests=asked.max_running_requests,
         max_waiting_requests=asked.max_waiting_requests,
         max_batch_tokens=engine.max_batch_tokens,
