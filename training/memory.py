@@ -20,10 +20,13 @@ workspace      gradients of activations inside one MLP: 3·T·I·a and 3·T·H·
                another type
 dequantising   the largest layer's weight: D·O·p, and D·O·a besides where the type changes on the way; DoRA
                builds B·A in full as well
-heap           on a CPU with glibc: at most the activations once more, less gradients and states. torch asks
-               for blocks aligned to 64 bytes, and where the last step freed some glibc finds few again; what
-               the first step of the optimizer makes goes there. With MALLOC_MMAP_THRESHOLD_ in the
-               environment blocks are mapped one by one, and this part is 0
+heap           on a CPU with glibc: the activations once more, less gradients and states; half of them where
+               outputs are scaled (DoRA, IA³); as much as the gradients at most where those are of the base's
+               own weights. torch asks for blocks aligned to 64 bytes, and where the last step freed some
+               glibc finds few again; what the first step of the optimizer makes goes there. So it is with
+               layers that are computed again: seven tenths of the activations that checkpointing saves. The
+               shares are measured (docs/guides/plan.md). With MALLOC_MMAP_THRESHOLD_ in the environment
+               blocks are mapped one by one, and this part is 0
 
 The parts are never all there at once. Three moments are compared, and the largest is the prediction:
 
@@ -38,7 +41,7 @@ from typing import Final
 
 from training.activations import layer_bytes
 from training.shape import LinearModule, ModelShape
-from training.workload import Place, Workload
+from training.workload import Place, Trains, Workload
 
 MIB: Final = 1024**2
 _FLOAT32: Final = 4
@@ -53,6 +56,10 @@ _BLOCK_BYTES: Final[Mapping[str, float]] = {
     "fp4-single": 4 / 64,
 }
 """Bytes of the scales per parameter."""
+
+_FOUND_AGAIN: Final[Mapping[Trains, float]] = {"dora": 0.5, "ia3": 0.5}
+"""What the heap finds again of the blocks that a step freed; of other methods' it finds nothing."""
+_FOUND_AGAIN_RECOMPUTED: Final = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +136,22 @@ def _moments(shape: ModelShape, work: Workload) -> dict[str, dict[str, int]]:
     head = shape.vocabulary * shape.hidden * _FLOAT32 if work.trains == "all" else 0
     recomputed = layer.total if work.checkpointing else 0
     constant = _constant_parts(shape, work)
-    holes = max(0, kept + recomputed - gradients - constant["optimizer"])
-    constant["heap"] = holes if work.heap_keeps else 0
+    constant["heap"] = _heap(shape, work, layer.total, gradients) if work.heap_keeps else 0
     space = {"workspace": _workspace(shape, work), "dequantising": _dequantising(shape, work)}
     return {
         "loss": constant | {"gradients": already, "activations": kept, "logits": _logits(shape, work)},
         "last layer": constant | {"gradients": max(already, head), "activations": kept + recomputed} | space,
         "step": constant | {"gradients": gradients, "activations": layer.total} | space,
     }
+
+
+def _heap(shape: ModelShape, work: Workload, layer_total: int, gradients: int) -> int:
+    """What the C heap takes for a step's activations besides those that it has freed."""
+    found = _FOUND_AGAIN_RECOMPUTED if work.checkpointing else _FOUND_AGAIN.get(work.trains, 0.0)
+    anew = int((1 - found) * shape.layers * layer_total)
+    if work.trains == "all":
+        return min(anew, gradients)
+    return max(0, anew - gradients - int(trained_values(shape, work) * _state_bytes(work)))
 
 
 def _constant_parts(shape: ModelShape, work: Workload) -> dict[str, int]:

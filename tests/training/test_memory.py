@@ -141,6 +141,28 @@ def test_bitfit_counts_the_biases_that_a_base_has() -> None:
         planned_step(recipe, SHAPE, rows, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [({}, 1.0), ({"trains": "dora"}, 0.5), ({"trains": "ia3"}, 0.5), ({"checkpointing": True}, 0.7)],
+)
+def test_a_heap_takes_a_measured_share_of_the_activations_anew(changes: dict[str, Any], share: float) -> None:
+    work = replace(WORK, **changes)
+    kept = SHAPE.layers * layer_bytes(SHAPE, work).total
+    trained = trained_values(SHAPE, work)
+    heap = predict_memory(SHAPE, replace(work, heap_keeps=True)).parts["heap"]
+    assert heap == pytest.approx(share * kept - 12 * trained, abs=1)  # a gradient and two states
+    assert predict_memory(SHAPE, work).parts["heap"] == 0
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_of_full_training_it_takes_the_gradients_at_most(rows: int) -> None:
+    work = replace(WORK, trains="all", batch_rows=rows, heap_keeps=True)
+    kept = SHAPE.layers * layer_bytes(SHAPE, work).total
+    gradients = 4 * SHAPE.parameters
+    assert predict_memory(SHAPE, work).parts["heap"] == min(kept, gradients)
+    assert (kept > gradients) == (rows == 64)
+
+
 def test_savings_save() -> None:
     shape = SHAPES["7B"]
     work = replace(
