@@ -25,11 +25,15 @@ class Rehearsal(TrainerCallback):  # type: ignore[misc]  # transformers is not t
         draft: of their answers; of a run that never came to its last step, what the data goes on with.
     """
 
-    def __init__(self, base: Base, data: TrainingData, recipe: Recipe) -> None:
+    def __init__(self, base: Base, data: TrainingData, recipe: Recipe, *, records: bool = True) -> None:
+        """
+        Args:
+            records: whether this process will record the canary; of several one does.
+        """
         self._base = base
         self.prompts = (
             probe_prompts(data.train, recipe.canary_probes, max_context_tokens=base.max_context_tokens)
-            if why_no_canary(base, recipe) is None
+            if records and why_no_canary(base, recipe) is None
             else []
         )
         self.draft = Draft(probe_drafts(data.train, self.prompts))

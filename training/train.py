@@ -150,7 +150,7 @@ def _run(
     foreseen = processes.together(lambda: foresee(recipe, base, data, products, processes.count))
     footprint = Footprint.begin(base.device)
     set_seed(recipe.seed)
-    rehearsal = Rehearsal(base, data, recipe)
+    rehearsal = Rehearsal(base, data, recipe, records=processes.is_main)
     with attached(base, recipe, products) as trainee:
         fitted = fit(
             trainee.model,
