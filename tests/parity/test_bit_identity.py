@@ -59,7 +59,7 @@ class Track:
             assert torch.equal(self.logits[position], logits_V)
         self.logits[position] = logits_V
         if len(self.sequence.token_ids) < len(self.tokens):
-            self.sequence.token_ids.append(self.tokens[len(self.sequence.token_ids)])
+            self.sequence.take(self.tokens[len(self.sequence.token_ids)])
 
 
 def runner_of(folder: Path, cache: Path, *, fused: bool, precision: Any = "highest") -> ModelRunner:

@@ -72,7 +72,7 @@ def run_of(folder: Path, kernels: Any, fused: bool, block_count: int = 32) -> tu
     sequence.blocks = list(range(block_count - 1, block_count - 11, -1))
     runner.run(Batch((Row(sequence, 0, 10),)))
     prompt = runner.run(Batch((Row(sequence, 10, 20),)))
-    sequence.token_ids.append(5)
+    sequence.take(5)
     return torch.cat((prompt, runner.run(Batch((Row(sequence, 30, 1),))))), runner.fused_layers
 
 

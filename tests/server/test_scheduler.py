@@ -108,7 +108,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             sequence = row.sequence
             if sequence.pending == 0:
                 self.scheduler.accepted(sequence)
-                sequence.token_ids.append(len(sequence.token_ids) % 2)
+                sequence.take(len(sequence.token_ids) % 2)
                 if len(sequence.token_ids) >= sequence.max_total_tokens:
                     self.end(sequence)
 
@@ -176,7 +176,7 @@ def run_step(scheduler: Scheduler, now_s: float = 0.0) -> list[Sequence]:
         scheduler.commit(Batch((row,)))
         if row.sequence.pending == 0:
             scheduler.accepted(row.sequence)
-            row.sequence.token_ids.append(1)
+            row.sequence.take(1)
             if len(row.sequence.token_ids) >= row.sequence.max_total_tokens:
                 scheduler.finish(row.sequence)
                 ended.append(row.sequence)

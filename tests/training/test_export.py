@@ -21,6 +21,7 @@ from adapters.bundle import Bundle
 from adapters.errors import BaseModelError, InvalidAdapterError, UnsupportedAdapterError
 from adapters.fingerprint import weights_digest
 from quickchange.cli import main
+from quickchange.upload import REQUIRED_FILES
 from tests.adapters.bases import distance, logits
 from tests.adapters.builders import make_adapter
 from tests.models import ARCHITECTURES, Architecture, build_tiny_model, rewrite_config
@@ -330,7 +331,17 @@ def test_a_full_disk_is_said_in_one_line(
         (["--format", "gguf", "--model", "m", "--for", "vllm"], "--for is for --format peft"),
     ],
 )
-def test_options_of_another_format(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_another_format(
+    argv: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    for name in REQUIRED_FILES:
+        (tmp_path / "a" / name).touch()
     assert main(["export", "--out", "nowhere", *argv]) == 2
     assert capsys.readouterr().err == f"error: {said}\n"
 

@@ -72,7 +72,7 @@ def test_a_run_that_would_not_fit_is_refused_with_what_would(
     base: Base, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = run(base, data, "fits", max_steps=1).memory.predicted_added
-    monkeypatch.setattr(training.foresight, "free_bytes", lambda _: needed - 1)
+    monkeypatch.setattr(training.foresight, "memory_free_on", lambda _: needed - 1)
     with pytest.raises(ShortOfMemoryError, match=r"it fits with .*(batch_size|gradient_checkpointing)"):
         run(base, data, max_steps=1)
     assert not data.with_name("out").exists()
