@@ -1,5 +1,6 @@
 """Files of deploy/ for Prometheus and Grafana: every rule and every panel finds what it asks a server for."""
 
+import contextlib
 import json
 import math
 import re
@@ -172,7 +173,14 @@ def test_what_every_alert_compares_is_there(observed: str) -> None:
 def test_every_panel_shows_something(observed: str) -> None:
     queries = dict(panel_queries())
     assert len(queries) > 40
-    assert [title for title, query in queries.items() if not _value(observed, query)] == []
+
+    def empty() -> list[str]:
+        return [title for title, query in queries.items() if not _value(observed, query)]
+
+    # On a busy machine a scrape may come late, and what it would show is stale until then.
+    with contextlib.suppress(AssertionError):
+        eventually(lambda: not empty())
+    assert empty() == []
 
 
 @pytest.mark.slow
