@@ -9,7 +9,7 @@ queue, and computes again later what is not in the prefix cache by then.
 from collections.abc import Sequence as Items
 from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from server.batch import Batch, Row, arranged
 from server.blocks import BlockPool
@@ -17,6 +17,9 @@ from server.fairness import FairShare
 from server.prefix import BlockKey, PrefixChain
 from server.queue import WaitingQueue
 from server.sequence import Phase, Sequence
+
+_JUDGED_TOKENS: Final = 16
+"""Of a given answer in one step: each is a look at the whole vocabulary, for which everybody else waits."""
 
 
 class AdapterGate(Protocol):
@@ -115,7 +118,7 @@ class Scheduler:
         budget = self._max_batch_tokens - len(rows)
         for sequence in self.running:
             if sequence.pending > 1 and budget > 0:
-                count = min(sequence.pending, budget, self._prefill_chunk_tokens)
+                count = min(sequence.pending, budget, self._prefill_chunk_tokens, _most_of(sequence))
                 rows.append(Row(sequence, sequence.computed, count))
                 budget -= count
         return arranged(rows) if rows else None
@@ -300,6 +303,13 @@ class Scheduler:
             return []
         full = (sequence.reported - 1) // self.blocks.block_tokens
         return sequence.chain.keys(sequence.token_ids, full)
+
+
+def _most_of(sequence: Sequence) -> int:
+    """Tokens of it in one step, as far as its own nature bounds them."""
+    if not sequence.request.given:
+        return sequence.pending
+    return max(0, sequence.reported - 1 - sequence.computed) + _JUDGED_TOKENS
 
 
 def _urgency(sequence: Sequence) -> tuple[int, int]:

@@ -370,3 +370,28 @@ def test_no_look_ahead_takes_the_room_that_another_waits_for() -> None:
     for _ in range(3):
         run_step(scheduler)
         assert gate.loading is None
+
+
+def test_a_given_answer_is_judged_a_few_tokens_at_a_time() -> None:
+    """However large a step may be: every judged token costs a look at the whole vocabulary."""
+    scheduler = Scheduler(
+        BlockPool(40, BLOCK_TOKENS),
+        OneLoadAtATime(),
+        max_running=MAX_RUNNING,
+        max_batch_tokens=200,
+        prefill_chunk_tokens=200,
+    )
+    judging = SamplingParams(max_new_tokens=50, logprobs=0, ignore_eos=True)
+    sequence = Sequence(Request("r", tuple(range(60)), judging, given=tuple(range(50))), 110, 0.0)
+    scheduler.add(sequence)
+    steps = []
+    while sequence.output_length < 50:
+        batch = scheduler.next_batch(0.0)
+        assert batch is not None
+        (row,) = batch.rows
+        steps.append((row.count, row.samples))
+        scheduler.commit(batch)
+        for _ in range(row.samples):
+            scheduler.accepted(sequence)
+            sequence.take(0)
+    assert steps == [(75, 16), (16, 16), (16, 16), (2, 2)]
