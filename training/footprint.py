@@ -1,4 +1,4 @@
-"""Owns what a run's memory really comes to, and what is free for it. Knows no recipe.
+"""Owns what a run's memory really comes to. Knows no recipe.
 
 On a CPU the process' resident size: its peak is set back where Linux allows it (clear_refs), so that
 loading does not count, and is read as VmHWM. Elsewhere the peak is ru_maxrss, that of the process since its

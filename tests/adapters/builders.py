@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from adapters.layout import BaseLayout, ModuleShape
 from adapters.store import AdapterStore
 from adapters.validate import validate_adapter
+from quickchange.upload import REQUIRED_FILES
 from tests.models import Architecture, build_tiny_model
 
 FINGERPRINT = "sha256:" + "ba5e" * 16
@@ -66,6 +67,14 @@ def make_adapter(
     adapted.save_pretrained(out_dir, save_embedding_layers=False)
     (out_dir / "README.md").unlink()  # PEFT's model card is no part of an adapter
     return out_dir
+
+
+def hollow_adapter(folder: Path) -> Path:
+    """The files that an adapter must have, empty: as far as a command looks before somebody opens them."""
+    folder.mkdir()
+    for name in REQUIRED_FILES:
+        (folder / name).touch()
+    return folder
 
 
 def put(store: AdapterStore, name: str, folder: Path, layout: BaseLayout, version: int | None = None) -> str:

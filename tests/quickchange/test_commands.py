@@ -18,9 +18,9 @@ from adapters.errors import UnsupportedBaseError
 from quickchange.cli import main
 from quickchange.commands import train
 from quickchange.commands.failure import CommandError, needs_extra
-from quickchange.upload import REQUIRED_FILES
 from server.config import ServerSettings
 from server.setting_sources import all_settings
+from tests.adapters.builders import hollow_adapter
 from tests.models import build_tiny_model
 from training.curve import LossPoint
 from training.errors import DivergedError
@@ -57,7 +57,7 @@ sys.exit(main(sys.argv[1:]))
 def test_without_the_extra_the_command_says_what_to_install(
     argv: tuple[str, ...], extra: str, tmp_path: Path
 ) -> None:
-    _adapter_folder(tmp_path / "y")
+    hollow_adapter(tmp_path / "y")
     command = [sys.executable, "-c", WITHOUT_TORCH, *argv]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 1
@@ -283,7 +283,7 @@ def test_merge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
     shard_sizes: list[int] = []
 
     monkeypatch.setattr(training.merge, "merge_adapter", merged)
-    argv = ("merge", "--adapter", str(_adapter_folder(tmp_path / "a")), "--dtype", "float32")
+    argv = ("merge", "--adapter", str(hollow_adapter(tmp_path / "a")), "--dtype", "float32")
     assert main((*argv, "--base", "b", "--out", "o")) == 0
     assert capsys.readouterr().out == "o: 7 layers changed, |ΔW| 1.25, float32\n"
     assert main((*argv, "--base", "odd", "--out", "o")) == 1
@@ -317,9 +317,8 @@ def test_a_folder_without_an_adapter_is_named(
         assert f"argument --adapter: {folder} {complaint}" in capsys.readouterr().err
 
 
-def _adapter_folder(path: Path) -> Path:
-    """As far as a command looks at it before somebody opens its files."""
-    path.mkdir()
-    for name in REQUIRED_FILES:
-        (path / name).touch()
-    return path
+def test_a_weight_that_is_none_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = hollow_adapter(tmp_path / "a")
+    with pytest.raises(SystemExit):
+        main(["combine", "--base", "x", "--out", "z", "--adapter", f"{folder}=much"])
+    assert "'much' is no weight; write DIR=0.5" in capsys.readouterr().err

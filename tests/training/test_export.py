@@ -21,9 +21,8 @@ from adapters.bundle import Bundle
 from adapters.errors import BaseModelError, InvalidAdapterError, UnsupportedAdapterError
 from adapters.fingerprint import weights_digest
 from quickchange.cli import main
-from quickchange.upload import REQUIRED_FILES
 from tests.adapters.bases import distance, logits
-from tests.adapters.builders import make_adapter
+from tests.adapters.builders import hollow_adapter, make_adapter
 from tests.models import ARCHITECTURES, Architecture, build_tiny_model, rewrite_config
 from training.export_adapter import export_adapter
 from training.export_model import ModelExport, export_model
@@ -339,9 +338,7 @@ def test_options_of_another_format(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a").mkdir()
-    for name in REQUIRED_FILES:
-        (tmp_path / "a" / name).touch()
+    hollow_adapter(tmp_path / "a")
     assert main(["export", "--out", "nowhere", *argv]) == 2
     assert capsys.readouterr().err == f"error: {said}\n"
 
